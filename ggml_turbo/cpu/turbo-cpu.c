@@ -1,0 +1,227 @@
+// turbo types on the CPU. This file has the structure; an instruction set comes as a header of small helpers:
+//
+//   trellis search, on vectors of TURBO_LANES path costs:
+//     turbo_u16_{set1,store,min,sub,add_sat,smallest}
+//     turbo_u16_step_cost   (target - entry)^2 * 2 / 2^16, rounded, the difference saturating
+//     turbo_u16_entries     codebook entries * 256
+//     turbo_u16_spread      costs of the best paths by shared bits -> the same by state, in by_low's order
+//     turbo_u16_fold        minimum of both halves (only where a vector holds more than 16 lanes)
+//     turbo_u16x8_{costs,first4,argmin}   the same on 8 states at a time; argmin gives value << 16 | index
+//   decoder, on the 64 values of a block:
+//     turbo_entries         codebook entries of all values
+//     turbo_store_scaled    entries * scale as floats
+//     turbo_sum_{zero,dot,total}   sums of dot products with two q8_0 blocks
+//
+// Without one of them, the reference does the work.
+
+#include "turbo-cpu.h"
+#include "turbo-encoder.h"
+
+#if defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__) && defined(__AVX512VBMI__)
+#  include "turbo-simd-avx512.h"
+#elif defined(__AVX2__) && defined(__FMA__)
+#  include "turbo-simd-avx2.h"
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+#  include "turbo-simd-neon.h"
+#else
+#  define TURBO_SIMD "scalar"
+#endif
+
+#if defined(_MSC_VER)
+#  define TURBO_INLINE static __forceinline
+#else
+#  define TURBO_INLINE static inline __attribute__((always_inline))
+#endif
+
+// ggml's q8_0: 32 values, y = d * qs, d a half float.
+typedef struct {
+    uint16_t d;
+    int8_t   qs[32];
+} turbo_q8_0;
+
+static inline float turbo_half_to_float(uint16_t h) {
+#if defined(__F16C__)
+    return _cvtsh_ss(h);
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+    __fp16 f;
+    memcpy(&f, &h, sizeof(f));
+    return (float) f;
+#else
+    const uint32_t exponent = (h >> 10) & 31, mantissa = h & 1023;
+    const float magnitude = exponent == 31 ? (mantissa ? NAN : INFINITY)
+                          : exponent ==  0 ? ldexpf((float) mantissa, -24)
+                                           : ldexpf((float) (mantissa + 1024), (int) exponent - 25);
+    return h >> 15 ? -magnitude : magnitude;
+#endif
+}
+
+const char * turbo_cpu_simd(void) {
+    return TURBO_SIMD;
+}
+
+#ifdef TURBO_LANES
+
+// ---- encoder ----
+
+#define TURBO_VECTORS (TURBO_STATES/TURBO_LANES)
+
+// As the reference's turbo_search; bits is a constant where this is inlined.
+TURBO_INLINE uint32_t turbo_search_bits(int bits, const turbo_codec * codec, const int16_t * target, turbo_paths * paths) {
+    const int n_shared = 1 << (8 - bits);
+    const int n_best   = n_shared > TURBO_LANES ? n_shared/TURBO_LANES : 1; // vectors of a row of paths->best
+
+    turbo_u16 entries[TURBO_VECTORS], spread[TURBO_VECTORS], best[64/TURBO_LANES + 1];
+    for (int v = 0; v < TURBO_VECTORS; ++v) {
+        entries[v] = turbo_u16_entries(codec->by_low + v*TURBO_LANES);
+    }
+    for (int v = 0; v < n_best; ++v) {
+        best[v] = turbo_u16_set1(0);
+        turbo_u16_store(paths->best[0] + v*TURBO_LANES, best[v]);
+    }
+    uint32_t total = 0;
+    for (int i = 0; i < QK_TURBO; ++i) {
+        const turbo_u16 x = turbo_u16_set1((uint16_t) target[i]);
+        turbo_u16_spread(bits, best, spread);
+        for (int v = 0; v < n_best; ++v) {
+            best[v] = turbo_u16_set1(UINT16_MAX);
+        }
+        for (int v = 0; v < TURBO_VECTORS; ++v) {
+            const turbo_u16 cost = turbo_u16_add_sat(spread[v], turbo_u16_step_cost(x, entries[v]));
+            best[v % n_best] = turbo_u16_min(best[v % n_best], cost);
+        }
+#if TURBO_LANES > 16
+        if (n_shared < TURBO_LANES) {
+            best[0] = turbo_u16_fold(best[0]);
+        }
+#endif
+        if ((i + 1) % TURBO_RENORMALIZE == 0) {
+            turbo_u16 smallest = best[0];
+            for (int v = 1; v < n_best; ++v) {
+                smallest = turbo_u16_min(smallest, best[v]);
+            }
+            const uint16_t removed = turbo_u16_smallest(smallest);
+            for (int v = 0; v < n_best; ++v) {
+                best[v] = turbo_u16_sub(best[v], turbo_u16_set1(removed));
+            }
+            total += removed;
+        }
+        for (int v = 0; v < n_best; ++v) {
+            turbo_u16_store(paths->best[i + 1] + v*TURBO_LANES, best[v]);
+        }
+    }
+    return total;
+}
+
+// value << 16 | index of the cheapest of the 8 states (4, where bits is 2) from first on.
+TURBO_INLINE uint32_t turbo_cheapest8(int bits, const turbo_codec * codec, int16_t target, const uint16_t * best, int first) {
+    const turbo_u16x8 costs = turbo_u16x8_costs(target, codec->codebook + first, best + first % (1 << (8 - bits)));
+    return turbo_u16x8_argmin(bits == 2 ? turbo_u16x8_first4(costs) : costs) + (uint32_t) first;
+}
+
+TURBO_INLINE void turbo_traceback_bits(int bits, const turbo_codec * codec, const int16_t * target,
+                                       const turbo_paths * paths, uint8_t * states) {
+    const int step = bits == 2 ? 4 : 8;
+    int first = 0, end = TURBO_STATES;
+    for (int i = QK_TURBO - 1; i >= 0; --i) {
+        uint32_t cheapest = UINT32_MAX;
+        for (int s = first; s < end; s += step) {
+            const uint32_t c = turbo_cheapest8(bits, codec, target[i], paths->best[i], s);
+            cheapest = c < cheapest ? c : cheapest;
+        }
+        states[i] = (uint8_t) cheapest;
+        first = (states[i] << bits) % TURBO_STATES;
+        end   = first + (1 << bits);
+    }
+}
+
+#define TURBO_SEARCH(K)                                                                                                 \
+    static uint32_t turbo_search_##K(const turbo_codec * codec, const int16_t * target, turbo_paths * paths) {          \
+        return turbo_search_bits(K, codec, target, paths);                                                              \
+    }                                                                                                                   \
+    static void turbo_traceback_##K(const turbo_codec * codec, const int16_t * target, const turbo_paths * paths,       \
+                                    uint8_t * states) {                                                                 \
+        turbo_traceback_bits(K, codec, target, paths, states);                                                          \
+    }
+
+TURBO_SEARCH(2)
+TURBO_SEARCH(3)
+TURBO_SEARCH(4)
+
+static void turbo_encode_block_cpu(const turbo_codec * codec, const float * x, uint8_t * block) {
+    switch (codec->bits) {
+        case 2: turbo_encode_block(codec, x, block, turbo_search_2, turbo_traceback_2); break;
+        case 3: turbo_encode_block(codec, x, block, turbo_search_3, turbo_traceback_3); break;
+        case 4: turbo_encode_block(codec, x, block, turbo_search_4, turbo_traceback_4); break;
+    }
+}
+
+// ---- decoder ----
+
+TURBO_INLINE void turbo_dequantize_row_bits(int bits, const uint8_t * blocks, float * y, int64_t n) {
+    const turbo_codec * codec = turbo_get_codec(bits);
+    for (int64_t i = 0; i < n/QK_TURBO; ++i) {
+        const uint8_t * block = blocks + i*TURBO_BLOCK_BYTES(bits);
+        turbo_store_scaled(turbo_entries(codec, bits, block), turbo_stored_scale(bits, block), y + i*QK_TURBO);
+    }
+}
+
+TURBO_INLINE float turbo_vec_dot_bits(int bits, int n, const uint8_t * blocks, const turbo_q8_0 * y) {
+    const turbo_codec * codec = turbo_get_codec(bits);
+    turbo_sum sum = turbo_sum_zero();
+    for (int i = 0; i < n/QK_TURBO; ++i) {
+        const uint8_t * block = blocks + i*TURBO_BLOCK_BYTES(bits);
+        const float     scale = turbo_stored_scale(bits, block);
+        sum = turbo_sum_dot(sum, turbo_entries(codec, bits, block), y[2*i].qs, y[2*i + 1].qs,
+                            scale*turbo_half_to_float(y[2*i].d), scale*turbo_half_to_float(y[2*i + 1].d));
+    }
+    return turbo_sum_total(sum);
+}
+
+#else // no SIMD
+
+static void turbo_encode_block_cpu(const turbo_codec * codec, const float * x, uint8_t * block) {
+    turbo_quantize_block(codec, x, block);
+}
+
+static void turbo_dequantize_row_bits(int bits, const uint8_t * blocks, float * y, int64_t n) {
+    for (int64_t i = 0; i < n/QK_TURBO; ++i) {
+        turbo_dequantize_block(turbo_get_codec(bits), blocks + i*TURBO_BLOCK_BYTES(bits), y + i*QK_TURBO);
+    }
+}
+
+static float turbo_vec_dot_bits(int bits, int n, const uint8_t * blocks, const turbo_q8_0 * y) {
+    float sum = 0.0f, x[QK_TURBO];
+    for (int i = 0; i < n/QK_TURBO; ++i) {
+        turbo_dequantize_block(turbo_get_codec(bits), blocks + i*TURBO_BLOCK_BYTES(bits), x);
+        for (int j = 0; j < QK_TURBO; ++j) {
+            const turbo_q8_0 * q = &y[2*i + j/32];
+            sum += x[j]*(turbo_half_to_float(q->d)*q->qs[j % 32]);
+        }
+    }
+    return sum;
+}
+
+#endif
+
+void turbo_quantize_blocks_cpu(const turbo_codec * codec, const float * x, uint8_t * blocks, int64_t n_blocks) {
+    for (int64_t i = 0; i < n_blocks; ++i) {
+        turbo_encode_block_cpu(codec, x + i*QK_TURBO, blocks + i*TURBO_BLOCK_BYTES(codec->bits));
+    }
+}
+
+#define TURBO_ROWS_CPU(K)                                                                                               \
+    void quantize_row_turbo##K(const float * x, void * y, int64_t n) {                                                  \
+        turbo_quantize_blocks_cpu(turbo_get_codec(K), x, (uint8_t *) y, n/QK_TURBO);                                    \
+    }                                                                                                                   \
+    void dequantize_row_turbo##K##_cpu(const void * x, float * y, int64_t n) {                                          \
+        turbo_dequantize_row_bits(K, (const uint8_t *) x, y, n);                                                        \
+    }                                                                                                                   \
+    void ggml_vec_dot_turbo##K##_q8_0(int n, float * s, size_t bs, const void * vx, size_t bx, const void * vy,         \
+                                      size_t by, int nrc) {                                                             \
+        (void) bs, (void) bx, (void) by, (void) nrc; /* strides of the nrc > 1 form, which no turbo type announces */   \
+        *s = turbo_vec_dot_bits(K, n, (const uint8_t *) vx, (const turbo_q8_0 *) vy);                                   \
+    }
+
+TURBO_ROWS_CPU(2)
+TURBO_ROWS_CPU(3)
+TURBO_ROWS_CPU(4)

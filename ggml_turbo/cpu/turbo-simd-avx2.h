@@ -1,0 +1,149 @@
+#pragma once
+
+// The SIMD helpers (turbo-cpu.c says what each does) for AVX2 with FMA.
+
+#include "turbo-simd-sse.h"
+#include "turbo-windows.h"
+
+#define TURBO_SIMD  "avx2"
+#define TURBO_LANES 16
+
+// ---- trellis search ----
+
+typedef __m256i turbo_u16;
+
+static inline turbo_u16 turbo_u16_set1(uint16_t x)                  { return _mm256_set1_epi16((short) x); }
+static inline void      turbo_u16_store(uint16_t * p, turbo_u16 x)  { _mm256_storeu_si256((__m256i *) p, x); }
+static inline turbo_u16 turbo_u16_min(turbo_u16 a, turbo_u16 b)     { return _mm256_min_epu16(a, b); }
+static inline turbo_u16 turbo_u16_sub(turbo_u16 a, turbo_u16 b)     { return _mm256_sub_epi16(a, b); }
+static inline turbo_u16 turbo_u16_add_sat(turbo_u16 a, turbo_u16 b) { return _mm256_adds_epu16(a, b); }
+
+static inline turbo_u16 turbo_u16_step_cost(turbo_u16 target, turbo_u16 entry) {
+    const __m256i d = _mm256_subs_epi16(target, entry);
+    return _mm256_mulhrs_epi16(d, d);
+}
+
+static inline turbo_u16 turbo_u16_entries(const int8_t * p) {
+    return _mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *) p)), 8);
+}
+
+static inline uint16_t turbo_u16_smallest(turbo_u16 x) {
+    return (uint16_t) (turbo_u16x8_argmin(_mm_min_epu16(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1))) >> 16);
+}
+
+static inline __m256i turbo_broadcast64(const uint16_t * p) {
+    return _mm256_broadcastq_epi64(_mm_loadl_epi64((const __m128i *) p));
+}
+
+static inline void turbo_u16_spread(int bits, const turbo_u16 * best, turbo_u16 * spread) {
+    if (bits == 4) { // states 16*lane + t: low bits t
+        uint16_t row[16];
+        turbo_u16_store(row, best[0]);
+        for (int t = 0; t < 16; ++t) {
+            spread[t] = _mm256_set1_epi16((short) row[t]);
+        }
+    } else if (bits == 3) { // states 8*lane + t: low bits 8*(lane % 4) + t; a transposition of 4 x 8
+        uint16_t quads[32];
+        const __m256i even = _mm256_unpacklo_epi16(best[0], _mm256_permute4x64_epi64(best[0], 0xee));
+        const __m256i odd  = _mm256_unpacklo_epi16(best[1], _mm256_permute4x64_epi64(best[1], 0xee));
+        const __m256i even_high = _mm256_unpackhi_epi16(best[0], _mm256_permute4x64_epi64(best[0], 0xee));
+        const __m256i odd_high  = _mm256_unpackhi_epi16(best[1], _mm256_permute4x64_epi64(best[1], 0xee));
+        const __m128i lo0 = _mm256_castsi256_si128(even),      lo1 = _mm256_castsi256_si128(odd);
+        const __m128i hi0 = _mm256_castsi256_si128(even_high), hi1 = _mm256_castsi256_si128(odd_high);
+        _mm_storeu_si128((__m128i *) (quads +  0), _mm_unpacklo_epi32(lo0, lo1));
+        _mm_storeu_si128((__m128i *) (quads +  8), _mm_unpackhi_epi32(lo0, lo1));
+        _mm_storeu_si128((__m128i *) (quads + 16), _mm_unpacklo_epi32(hi0, hi1));
+        _mm_storeu_si128((__m128i *) (quads + 24), _mm_unpackhi_epi32(hi0, hi1));
+        for (int t = 0; t < 8; ++t) {
+            spread[2*t] = spread[2*t + 1] = turbo_broadcast64(quads + 4*t);
+        }
+    } else { // states 4*(16*j + lane) + t: low bits 4*lane + t; a transposition of 16 x 4
+        const __m256i pairs = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15));
+        const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+        const __m256i r0 = _mm256_shuffle_epi8(best[0], pairs), r1 = _mm256_shuffle_epi8(best[1], pairs);
+        const __m256i r2 = _mm256_shuffle_epi8(best[2], pairs), r3 = _mm256_shuffle_epi8(best[3], pairs);
+        const __m256i lo01 = _mm256_unpacklo_epi32(r0, r1), hi01 = _mm256_unpackhi_epi32(r0, r1);
+        const __m256i lo23 = _mm256_unpacklo_epi32(r2, r3), hi23 = _mm256_unpackhi_epi32(r2, r3);
+        const __m256i by_t[4] = {
+            _mm256_permutevar8x32_epi32(_mm256_unpacklo_epi64(lo01, lo23), order),
+            _mm256_permutevar8x32_epi32(_mm256_unpackhi_epi64(lo01, lo23), order),
+            _mm256_permutevar8x32_epi32(_mm256_unpacklo_epi64(hi01, hi23), order),
+            _mm256_permutevar8x32_epi32(_mm256_unpackhi_epi64(hi01, hi23), order),
+        };
+        for (int v = 0; v < 16; ++v) {
+            spread[v] = by_t[v/4];
+        }
+    }
+}
+
+// ---- decoder ----
+
+typedef struct { __m256i half[2]; } turbo_i8x64;
+
+static inline __m256i turbo_load_pair(const void * low, const void * high) {
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i *) low)),
+                                   _mm_loadu_si128((const __m128i *) high), 1);
+}
+
+static inline __m256i turbo_broadcast128(const void * p) {
+    return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *) p));
+}
+
+// Windows of the values 32*half .. 32*half + 31.
+static inline __m256i turbo_windows(int bits, int half, const uint8_t * block) {
+    const int g = 2*half;
+    const __m256i bytes = turbo_load_pair(block + TURBO_WINDOW_LOAD(bits, g), block + TURBO_WINDOW_LOAD(bits, g + 1));
+    __m256i parity[2];
+    for (int odd = 0; odd < 2; ++odd) {
+        const __m256i gather = _mm256_loadu_si256((const __m256i *) turbo_window_bytes[bits - 2][odd][g]);
+        const __m256i factor = turbo_broadcast128(turbo_window_factors[bits - 2][odd]);
+        parity[odd] = _mm256_mullo_epi16(_mm256_shuffle_epi8(bytes, gather), factor);
+    }
+    return _mm256_or_si256(_mm256_srli_epi16(parity[0], 8), _mm256_and_si256(parity[1], _mm256_set1_epi16((short) 0xff00)));
+}
+
+static inline turbo_i8x64 turbo_entries(const turbo_codec * codec, int bits, const uint8_t * block) {
+    const __m256i a = turbo_broadcast128(codec->a), b = turbo_broadcast128(codec->b), p = turbo_broadcast128(codec->p);
+    const __m256i nibble = _mm256_set1_epi8(15);
+    turbo_i8x64 c;
+    for (int half = 0; half < 2; ++half) {
+        const __m256i w    = turbo_windows(bits, half, block);
+        const __m256i low  = _mm256_and_si256(w, nibble);
+        const __m256i high = _mm256_and_si256(_mm256_srli_epi16(w, 4), nibble);
+        const __m256i from_b = _mm256_shuffle_epi8(b, _mm256_xor_si256(high, _mm256_shuffle_epi8(p, low)));
+        c.half[half] = _mm256_add_epi8(_mm256_shuffle_epi8(a, low), from_b);
+    }
+    return c;
+}
+
+static inline void turbo_store_scaled(turbo_i8x64 c, float scale, float * y) {
+    int8_t entry[QK_TURBO];
+    _mm256_storeu_si256((__m256i *) entry, c.half[0]);
+    _mm256_storeu_si256((__m256i *) (entry + 32), c.half[1]);
+    for (int i = 0; i < QK_TURBO; i += 8) {
+        const __m256i x = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *) (entry + i)));
+        _mm256_storeu_ps(y + i, _mm256_mul_ps(_mm256_set1_ps(scale), _mm256_cvtepi32_ps(x)));
+    }
+}
+
+typedef __m256 turbo_sum;
+
+static inline turbo_sum turbo_sum_zero(void) { return _mm256_setzero_ps(); }
+
+static inline float turbo_sum_total(turbo_sum x) {
+    const __m128 r = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    const __m128 s = _mm_add_ps(r, _mm_movehl_ps(r, r));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+
+static inline turbo_sum turbo_sum_dot(turbo_sum sum, turbo_i8x64 c, const int8_t * q0, const int8_t * q1, float d0, float d1) {
+    const int8_t * q[2] = { q0, q1 };
+    const float    d[2] = { d0, d1 };
+    for (int half = 0; half < 2; ++half) {
+        // |c| times q with the sign of c: one factor must be unsigned; pairs stay below 2*127*127
+        const __m256i cq  = _mm256_sign_epi8(_mm256_loadu_si256((const __m256i *) q[half]), c.half[half]);
+        const __m256i dot = _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(c.half[half]), cq), _mm256_set1_epi16(1));
+        sum = _mm256_fmadd_ps(_mm256_set1_ps(d[half]), _mm256_cvtepi32_ps(dot), sum);
+    }
+    return sum;
+}

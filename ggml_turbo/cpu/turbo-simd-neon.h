@@ -1,0 +1,134 @@
+#pragma once
+
+// The SIMD helpers (turbo-cpu.c says what each does) for 64-bit Arm NEON; dot products with the extension where there is one.
+
+#include <arm_neon.h>
+
+#include "turbo-windows.h"
+
+#define TURBO_SIMD  "neon"
+#define TURBO_LANES 8
+
+// ---- trellis search ----
+
+typedef uint16x8_t turbo_u16;
+
+static inline turbo_u16 turbo_u16_set1(uint16_t x)                  { return vdupq_n_u16(x); }
+static inline void      turbo_u16_store(uint16_t * p, turbo_u16 x)  { vst1q_u16(p, x); }
+static inline turbo_u16 turbo_u16_min(turbo_u16 a, turbo_u16 b)     { return vminq_u16(a, b); }
+static inline turbo_u16 turbo_u16_sub(turbo_u16 a, turbo_u16 b)     { return vsubq_u16(a, b); }
+static inline turbo_u16 turbo_u16_add_sat(turbo_u16 a, turbo_u16 b) { return vqaddq_u16(a, b); }
+static inline uint16_t  turbo_u16_smallest(turbo_u16 x)             { return vminvq_u16(x); }
+
+static inline turbo_u16 turbo_u16_step_cost(turbo_u16 target, turbo_u16 entry) {
+    const int16x8_t d = vqsubq_s16(vreinterpretq_s16_u16(target), vreinterpretq_s16_u16(entry));
+    // (d*d + 2^14) >> 15; the rounding doubling multiplication would saturate at d = -32768
+    const int32x4_t low = vmull_s16(vget_low_s16(d), vget_low_s16(d)), high = vmull_high_s16(d, d);
+    return vcombine_u16(vrshrn_n_u32(vreinterpretq_u32_s32(low), 15), vrshrn_n_u32(vreinterpretq_u32_s32(high), 15));
+}
+
+static inline turbo_u16 turbo_u16_entries(const int8_t * p) {
+    return vreinterpretq_u16_s16(vshll_n_s8(vld1_s8(p), 8));
+}
+
+static inline void turbo_u16_spread(int bits, const turbo_u16 * best, turbo_u16 * spread) {
+    uint16_t row[64];
+    if (bits == 4) { // states 16*(8*(v % 2) + lane) + v/2: low bits v/2
+        vst1q_u16(row, best[0]);
+        vst1q_u16(row + 8, best[1]);
+        for (int v = 0; v < 32; ++v) {
+            spread[v] = vdupq_n_u16(row[v/2]);
+        }
+    } else if (bits == 3) { // states 8*lane + t: low bits 8*(lane % 4) + t; a transposition of 4 x 8
+        const uint16x8x4_t rows = { { best[0], best[1], best[2], best[3] } };
+        vst4q_u16(row, rows);
+        for (int v = 0; v < 32; ++v) {
+            const uint16x4_t quad = vld1_u16(row + 4*(v/4));
+            spread[v] = vcombine_u16(quad, quad);
+        }
+    } else { // states 4*(16*j + lane) + t: low bits 4*lane + t; a transposition of 16 x 4
+        for (int v = 0; v < 8; ++v) {
+            vst1q_u16(row + 8*v, best[v]);
+        }
+        const uint16x8x4_t low = vld4q_u16(row), high = vld4q_u16(row + 32);
+        for (int v = 0; v < 32; v += 2) {
+            spread[v]     = low.val[v/8];
+            spread[v + 1] = high.val[v/8];
+        }
+    }
+}
+
+typedef uint16x8_t turbo_u16x8;
+
+static inline turbo_u16x8 turbo_u16x8_costs(int16_t target, const int8_t * entries, const uint16_t * best) {
+    return vqaddq_u16(vld1q_u16(best), turbo_u16_step_cost(vdupq_n_u16((uint16_t) target), turbo_u16_entries(entries)));
+}
+
+static inline turbo_u16x8 turbo_u16x8_first4(turbo_u16x8 x) { // the other lanes become the largest
+    return vcombine_u16(vget_low_u16(x), vdup_n_u16(UINT16_MAX));
+}
+
+static inline uint32_t turbo_u16x8_argmin(turbo_u16x8 x) {
+    const uint16x8_t lane  = { 0, 1, 2, 3, 4, 5, 6, 7 };
+    const uint16_t   value = vminvq_u16(x);
+    const uint16_t   index = vminvq_u16(vornq_u16(lane, vceqq_u16(x, vdupq_n_u16(value))));
+    return (uint32_t) value << 16 | index;
+}
+
+// ---- decoder ----
+
+typedef struct { int8x16_t quarter[4]; } turbo_i8x64;
+
+// Windows of the values 16*g .. 16*g + 15.
+static inline uint8x16_t turbo_windows(int bits, int g, const uint8_t * block) {
+    const uint8x16_t bytes = vld1q_u8(block + TURBO_WINDOW_LOAD(bits, g));
+    uint16x8_t parity[2];
+    for (int odd = 0; odd < 2; ++odd) {
+        const uint16x8_t pairs = vreinterpretq_u16_u8(vqtbl1q_u8(bytes, vld1q_u8(turbo_window_bytes[bits - 2][odd][g])));
+        parity[odd] = vmulq_u16(pairs, vld1q_u16(turbo_window_factors[bits - 2][odd]));
+    }
+    return vreinterpretq_u8_u16(vsriq_n_u16(parity[1], parity[0], 8));
+}
+
+static inline turbo_i8x64 turbo_entries(const turbo_codec * codec, int bits, const uint8_t * block) {
+    const int8x16_t  a = vld1q_s8(codec->a), b = vld1q_s8(codec->b);
+    const uint8x16_t p = vreinterpretq_u8_s8(vld1q_s8(codec->p));
+    turbo_i8x64 c;
+    for (int g = 0; g < 4; ++g) {
+        const uint8x16_t w    = turbo_windows(bits, g, block);
+        const uint8x16_t low  = vandq_u8(w, vdupq_n_u8(15));
+        const uint8x16_t high = veorq_u8(vshrq_n_u8(w, 4), vqtbl1q_u8(p, low));
+        c.quarter[g] = vaddq_s8(vqtbl1q_s8(a, low), vqtbl1q_s8(b, high));
+    }
+    return c;
+}
+
+static inline void turbo_store_scaled(turbo_i8x64 c, float scale, float * y) {
+    for (int g = 0; g < 4; ++g) {
+        const int16x8_t low = vmovl_s8(vget_low_s8(c.quarter[g])), high = vmovl_high_s8(c.quarter[g]);
+        vst1q_f32(y + 16*g +  0, vmulq_n_f32(vcvtq_f32_s32(vmovl_s16(vget_low_s16(low))), scale));
+        vst1q_f32(y + 16*g +  4, vmulq_n_f32(vcvtq_f32_s32(vmovl_high_s16(low)), scale));
+        vst1q_f32(y + 16*g +  8, vmulq_n_f32(vcvtq_f32_s32(vmovl_s16(vget_low_s16(high))), scale));
+        vst1q_f32(y + 16*g + 12, vmulq_n_f32(vcvtq_f32_s32(vmovl_high_s16(high)), scale));
+    }
+}
+
+typedef float32x4_t turbo_sum;
+
+static inline turbo_sum turbo_sum_zero(void)         { return vdupq_n_f32(0.0f); }
+static inline float     turbo_sum_total(turbo_sum x) { return vaddvq_f32(x); }
+
+static inline int32x4_t turbo_dot16(int32x4_t sum, int8x16_t c, int8x16_t q) {
+#ifdef __ARM_FEATURE_DOTPROD
+    return vdotq_s32(sum, c, q);
+#else
+    return vpadalq_s16(vpadalq_s16(sum, vmull_s8(vget_low_s8(c), vget_low_s8(q))), vmull_high_s8(c, q));
+#endif
+}
+
+static inline turbo_sum turbo_sum_dot(turbo_sum sum, turbo_i8x64 c, const int8_t * q0, const int8_t * q1, float d0, float d1) {
+    const int32x4_t zero = vdupq_n_s32(0);
+    const int32x4_t dot0 = turbo_dot16(turbo_dot16(zero, c.quarter[0], vld1q_s8(q0)), c.quarter[1], vld1q_s8(q0 + 16));
+    const int32x4_t dot1 = turbo_dot16(turbo_dot16(zero, c.quarter[2], vld1q_s8(q1)), c.quarter[3], vld1q_s8(q1 + 16));
+    return vfmaq_n_f32(vfmaq_n_f32(sum, vcvtq_f32_s32(dot0), d0), vcvtq_f32_s32(dot1), d1);
+}

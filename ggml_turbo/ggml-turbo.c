@@ -1,0 +1,116 @@
+// The scalar reference of turbo2, turbo3 and turbo4, which defines them. The format is described in ggml-turbo.h;
+// the encoder's steps before and after the search are in turbo-encoder.h.
+
+#include "turbo-encoder.h"
+#include "turbo-tables.h"
+
+const turbo_codec * turbo_get_codec(int bits) {
+    return bits >= 2 && bits <= 4 ? &turbo_codecs[bits - 2] : NULL;
+}
+
+float turbo_block_scale(int bits, const uint8_t * block) {
+    return turbo_stored_scale(bits, block);
+}
+
+// ---- decoder ----
+
+// 8 bits of a block, from bit position pos
+static int turbo_window(const uint8_t * block, int pos) {
+    const int byte = pos / 8, shift = pos % 8;
+    return shift == 0 ? block[byte] : ((block[byte] >> shift) | (block[byte + 1] << (8 - shift))) & 0xff;
+}
+
+void turbo_dequantize_block(const turbo_codec * codec, const uint8_t * block, float * y) {
+    const float scale = turbo_stored_scale(codec->bits, block);
+    for (int i = 0; i < QK_TURBO; ++i) {
+        y[i] = scale*codec->codebook[turbo_window(block, 8 + codec->bits*(i + 1))];
+    }
+}
+
+// ---- trellis search (Viterbi) ----
+//
+// State s follows the states (s << k | t) mod 256, t < 2^k: all that share s's low 8-k bits as their high bits.
+
+static uint16_t turbo_add_sat(uint16_t a, uint16_t b) {
+    return a + b > UINT16_MAX ? UINT16_MAX : a + b;
+}
+
+// Cost of taking state s for value i after the best path to it. The step's own cost is twice the squared distance
+// of target and entry, in codebook units, rounded; the distance saturates at 128 units.
+static uint16_t turbo_path_cost(const turbo_codec * codec, const int16_t * target, const turbo_paths * paths,
+                                int i, int s) {
+    int32_t d = target[i] - 256*codec->codebook[s];
+    d = d > INT16_MAX ? INT16_MAX : d < INT16_MIN ? INT16_MIN : d;
+    const uint16_t step = (uint16_t) ((d*d + (1 << 14)) >> 15);
+    return turbo_add_sat(paths->best[i][s % (1 << (8 - codec->bits))], step);
+}
+
+static uint32_t turbo_search(const turbo_codec * codec, const int16_t * target, turbo_paths * paths) {
+    const int bits = codec->bits, n_shared = 1 << (8 - bits);
+    uint32_t total = 0;
+    memset(paths->best[0], 0, sizeof(paths->best[0])); // every start is free
+    for (int i = 0; i < QK_TURBO; ++i) {
+        uint16_t * next = paths->best[i + 1];
+        uint16_t smallest = UINT16_MAX;
+        for (int u = 0; u < n_shared; ++u) {
+            next[u] = UINT16_MAX;
+            for (int s = u << bits; s < (u + 1) << bits; ++s) {
+                const uint16_t cost = turbo_path_cost(codec, target, paths, i, s);
+                next[u] = cost < next[u] ? cost : next[u];
+            }
+            smallest = next[u] < smallest ? next[u] : smallest;
+        }
+        if ((i + 1) % TURBO_RENORMALIZE == 0) {
+            for (int u = 0; u < n_shared; ++u) {
+                next[u] -= smallest;
+            }
+            total += smallest;
+        }
+    }
+    return total;
+}
+
+static void turbo_traceback(const turbo_codec * codec, const int16_t * target, const turbo_paths * paths,
+                            uint8_t * states) {
+    int first = 0, end = TURBO_STATES; // candidates for states[i]
+    for (int i = QK_TURBO - 1; i >= 0; --i) {
+        int smallest = UINT16_MAX + 1;
+        for (int s = first; s < end; ++s) {
+            const int cost = turbo_path_cost(codec, target, paths, i, s);
+            if (cost < smallest) {
+                smallest  = cost;
+                states[i] = (uint8_t) s;
+            }
+        }
+        first = (states[i] << codec->bits) % TURBO_STATES;
+        end   = first + (1 << codec->bits);
+    }
+}
+
+void turbo_quantize_block(const turbo_codec * codec, const float * x, uint8_t * block) {
+    turbo_encode_block(codec, x, block, turbo_search, turbo_traceback);
+}
+
+// ---- rows ----
+
+#define TURBO_ROWS(K)                                                                                               \
+    void quantize_row_turbo##K##_ref(const float * x, block_turbo##K * y, int64_t n) {                              \
+        for (int64_t i = 0; i < n/QK_TURBO; ++i) {                                                                  \
+            turbo_quantize_block(&turbo_codecs[K - 2], x + i*QK_TURBO, y[i].bytes);                                 \
+        }                                                                                                           \
+    }                                                                                                               \
+    void dequantize_row_turbo##K(const block_turbo##K * x, float * y, int64_t n) {                                  \
+        for (int64_t i = 0; i < n/QK_TURBO; ++i) {                                                                  \
+            turbo_dequantize_block(&turbo_codecs[K - 2], x[i].bytes, y + i*QK_TURBO);                               \
+        }                                                                                                           \
+    }                                                                                                               \
+    size_t quantize_turbo##K(const float * src, void * dst, int64_t nrows, int64_t n_per_row,                       \
+                             const float * imatrix) {                                                               \
+        (void) imatrix;                                                                                             \
+        quantize_row_turbo##K##_ref(src, (block_turbo##K *) dst, nrows*n_per_row);                                  \
+        return (size_t) (nrows*n_per_row/QK_TURBO)*sizeof(block_turbo##K);                                          \
+    }
+
+TURBO_ROWS(2)
+TURBO_ROWS(3)
+TURBO_ROWS(4)

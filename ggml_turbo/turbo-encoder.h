@@ -1,0 +1,171 @@
+#pragma once
+
+// The steps of the encoder around its trellis search, shared by the reference and the SIMD versions.
+//
+// All of it is exact arithmetic: integers, and single float operations in a stated order that every IEEE machine
+// rounds alike. So SIMD versions can be, and are tested to be, identical to the last bit.
+// (Compile with -ffp-contract=off: a fused multiply-add rounds once where this file rounds twice.)
+
+#include "ggml-turbo.h"
+
+#include <math.h>
+#include <string.h>
+
+// best[i][u], u < 2^(8-k): the smallest cost of a path over the first i values that can go on to a state with
+// the low bits u. Four entries more, for SIMD loads that reach past a row's end.
+typedef struct {
+    uint16_t best[QK_TURBO + 1][64];
+    uint16_t past_the_end[16];
+} turbo_paths;
+
+// Fills paths and returns the total cost of the best path.
+typedef uint32_t (*turbo_search_t)(const turbo_codec * codec, const int16_t * target, turbo_paths * paths);
+
+// The states of the best path; ties go to the smaller state.
+typedef void (*turbo_traceback_t)(const turbo_codec * codec, const int16_t * target, const turbo_paths * paths,
+                                  uint8_t * states);
+
+// Costs are 16 bits wide and saturate; after this many values the smallest is taken off all.
+#define TURBO_RENORMALIZE 16
+
+// ---- scale ----
+
+static inline float turbo_scale_value(int bits, int code) {
+    if (code == 0) {
+        return 0.0f;
+    }
+    // the code is the top of a float's own exponent and mantissa, with another bias
+    const int      mantissa_bits = bits + 2;
+    const uint32_t u = ((uint32_t) code << (23 - mantissa_bits)) + ((uint32_t) (127 - TURBO_SCALE_BIAS) << 23);
+    float scale;
+    memcpy(&scale, &u, sizeof(scale));
+    return scale;
+}
+
+// Nearest code to a scale >= 0, saturating at both ends.
+static inline int turbo_scale_code(int bits, float scale) {
+    const int mantissa_bits = bits + 2;
+    const int max_code      = (1 << (6 + mantissa_bits)) - 1;
+    uint32_t u;
+    memcpy(&u, &scale, sizeof(u));
+    const int code = (int) ((u + (1u << (22 - mantissa_bits))) >> (23 - mantissa_bits))
+                   - ((127 - TURBO_SCALE_BIAS) << mantissa_bits);
+    return code < 0 ? 0 : code > max_code ? max_code : code;
+}
+
+static inline float turbo_stored_scale(int bits, const uint8_t * block) {
+    return turbo_scale_value(bits, (block[0] | block[1] << 8) & ((1 << (8 + bits)) - 1));
+}
+
+// ---- from values to search targets ----
+
+#define TURBO_MAX_INPUT 2147483648.0f // 2^31, what the largest scale reaches; squares of it still sum up in a float
+
+// x without NaN, infinities and what overflows; returns the largest magnitude.
+static inline float turbo_sanitize(const float * x, float * clean) {
+    float max_abs = 0.0f;
+    for (int i = 0; i < QK_TURBO; ++i) {
+        const float v = fabsf(x[i]);
+        max_abs = v < INFINITY && v > max_abs ? v : max_abs;
+    }
+    max_abs = max_abs < TURBO_MAX_INPUT ? max_abs : TURBO_MAX_INPUT;
+    for (int i = 0; i < QK_TURBO; ++i) {
+        const float v = x[i] != x[i] ? 0.0f : x[i];
+        const float w = v > max_abs ? max_abs : v;
+        clean[i] = w < -max_abs ? -max_abs : w;
+    }
+    return max_abs;
+}
+
+// Root of the mean square; 16 partial sums, then halves onto halves: the order of a 16-lane register.
+static inline float turbo_rms(const float * x) {
+    float sum[16] = {0};
+    for (int i = 0; i < QK_TURBO; i += 16) {
+        for (int lane = 0; lane < 16; ++lane) {
+            sum[lane] += x[i + lane]*x[i + lane];
+        }
+    }
+    for (int half = 8; half > 0; half /= 2) {
+        for (int lane = 0; lane < half; ++lane) {
+            sum[lane] += sum[lane + half];
+        }
+    }
+    return sqrtf(sum[0] / QK_TURBO);
+}
+
+// x in codebook units, 8 fractional bits.
+static inline void turbo_targets(const float * x, float scale, int16_t * target) {
+    const float to_units = 256.0f / scale;
+    for (int i = 0; i < QK_TURBO; ++i) {
+        const float t = x[i]*to_units;
+        const float u = t > 32767.0f ? 32767.0f : t;
+        target[i] = (int16_t) rintf(u < -32767.0f ? -32767.0f : u);
+    }
+}
+
+// ---- from states to a block ----
+
+// The code of the scale that fits the chosen codebook entries best: least squares.
+static inline int turbo_fit_scale(const turbo_codec * codec, const int16_t * target, const uint8_t * states, int code) {
+    int32_t xc = 0, cc = 0;
+    for (int i = 0; i < QK_TURBO; ++i) {
+        const int c = codec->codebook[states[i]];
+        xc += target[i]*c;
+        cc += c*c;
+    }
+    if (xc <= 0) {
+        return code;
+    }
+    return turbo_scale_code(codec->bits, turbo_scale_value(codec->bits, code)*((float) xc / (float) (256*cc)));
+}
+
+static inline void turbo_pack(int bits, int scale_code, const uint8_t * states, uint8_t * block) {
+    const int start  = states[0] & ((1 << (8 - bits)) - 1);
+    const int header = scale_code | start << (8 + bits);
+    *block++ = header & 0xff;
+    *block++ = header >> 8;
+    for (int i = 0; i < QK_TURBO; i += 8) {
+        uint32_t codes = 0;
+        for (int j = 0; j < 8; ++j) {
+            codes |= (uint32_t) (states[i + j] >> (8 - bits)) << (bits*j);
+        }
+        for (int j = 0; j < bits; ++j) {
+            *block++ = (codes >> (8*j)) & 0xff;
+        }
+    }
+}
+
+// ---- the whole of it ----
+
+static inline void turbo_encode_block(const turbo_codec * codec, const float * x, uint8_t * block,
+                                      turbo_search_t search, turbo_traceback_t traceback) {
+    static const float around_guess[2] = { 0.94f, 1.06f };
+
+    const int   bits = codec->bits;
+    float       clean[QK_TURBO];
+    int16_t     target[2][QK_TURBO];
+    turbo_paths paths[2];
+    int         code[2];
+    float       error[2];
+
+    const float max_abs = turbo_sanitize(x, clean);
+    const float by_rms  = turbo_rms(clean)*codec->rms_to_scale;
+    const float by_max  = max_abs*codec->max_to_scale;
+    const float guess   = by_rms > by_max ? by_rms : by_max;
+
+    for (int j = 0; j < 2; ++j) {
+        code[j] = turbo_scale_code(bits, guess*around_guess[j]);
+        if (code[j] == 0) {
+            memset(block, 0, TURBO_BLOCK_BYTES(bits));
+            return;
+        }
+        const float scale = turbo_scale_value(bits, code[j]);
+        turbo_targets(clean, scale, target[j]);
+        error[j] = (float) search(codec, target[j], &paths[j])*(scale*scale);
+    }
+    const int best = error[1] < error[0];
+
+    uint8_t states[QK_TURBO];
+    traceback(codec, target[best], &paths[best], states);
+    turbo_pack(bits, turbo_fit_scale(codec, target[best], states, code[best]), states, block);
+}

@@ -1,0 +1,11 @@
+"""Low-bit KV caches for llama.cpp: the GGML types turbo2, turbo3 and turbo4, and the tools around them.
+
+Importing this package makes llama-cpp-python, if it is imported later, use the llama.cpp of this package.
+"""
+
+from . import native
+from .codec import TurboType, dequantize, quantize, simd, types
+
+native.point_llama_cpp_at_us()
+
+__all__ = ["TurboType", "dequantize", "quantize", "simd", "types"]

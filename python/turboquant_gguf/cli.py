@@ -1,0 +1,75 @@
+"""The `turboquant-gguf` command: collects the subcommands and turns errors into sentences and exit codes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+
+import click
+from rich.console import Console
+from rich.markup import escape
+
+from .commands.demo import demo
+from .commands.types import types
+from .errors import TurboquantError
+
+EPILOG = """\b
+Exit codes: 0 done, 1 it failed and said why, 2 the command was wrong,
+130 interrupted. TURBOQUANT_DEBUG=1 shows where an error came from.
+"""
+
+
+@click.group(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="turboquant-gguf", message="%(package)s %(version)s")
+def cli() -> None:
+    """Small KV caches for llama.cpp: the types turbo2, turbo3 and turbo4."""
+
+
+cli.add_command(demo)
+cli.add_command(types)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command with `args` (default: those of the process) and return its exit code."""
+    for name in ("SIGTERM", "SIGHUP"):
+        if number := getattr(signal, name, None):  # Windows has no SIGHUP
+            signal.signal(number, _leave)
+    try:
+        return cli.main(args=args, prog_name="turboquant-gguf", standalone_mode=False) or 0
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        _say("Interrupted.")
+        return 128 + signal.SIGINT
+    except TurboquantError as error:
+        _report(str(error), error.details)
+        return error.exit_code
+    except OSError as error:
+        where = f": {error.filename}" if error.filename else ""
+        _report(f"{error.strerror or error}{where}")
+        return 1
+
+
+def _leave(number: int, _frame: object) -> None:
+    # Python's default would end us at once and leave llama-server running; this unwinds through `finally`.
+    sys.exit(128 + number)
+
+
+def _report(message: str, details: str = "") -> None:
+    if os.environ.get("TURBOQUANT_DEBUG"):
+        traceback.print_exc()
+    _say(f"[bold red]Error:[/] {escape(message)}")
+    if details:
+        _say(f"[dim]{escape(details)}[/]")
+
+
+def _say(text: str) -> None:
+    Console(stderr=True, highlight=False).print(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

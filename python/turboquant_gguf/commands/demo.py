@@ -1,0 +1,62 @@
+"""`turboquant-gguf demo`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from .. import demo as library
+
+EPILOG = """\b
+Examples:
+  turboquant-gguf demo
+  turboquant-gguf demo --model my.gguf --prompt "Write a haiku about memory."
+  turboquant-gguf demo --types f16,q8_0,turbo4:turbo3
+  turboquant-gguf demo --json > results.json
+"""
+
+
+@click.command(epilog=EPILOG, short_help="Ask a model one question with several cache types, and compare.")
+@click.option(
+    "--model", type=click.Path(path_type=Path), help="A GGUF file [default: SmolLM2-135M-Instruct, 93 MB, fetched once]"
+)
+@click.option(
+    "--types",
+    default=",".join(library.DEFAULT_TYPES),
+    show_default=True,
+    help="Cache types, separated by commas; K:V sets keys and values apart.",
+)
+@click.option("--prompt", default=library.DEFAULT_PROMPT, show_default=True, help="The question.")
+@click.option(
+    "--context", type=click.IntRange(min=256), default=4096, show_default=True, help="Tokens the cache is made for."
+)
+@click.option(
+    "--max-tokens", type=click.IntRange(min=1), default=96, show_default=True, help="Longest answer, in tokens."
+)
+@click.option("--port", type=click.IntRange(0, 65535), default=0, help="Port of llama-server [default: a free one]")
+@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON; all else goes to stderr.")
+def demo(model: Path | None, types: str, prompt: str, context: int, max_tokens: int, port: int, as_json: bool) -> None:
+    """Ask a model one question with several KV-cache types, and compare them.
+
+    For each type, llama-server runs on loopback with its KV cache stored in that type and answers the question;
+    then llama-perplexity reads a short bundled text with the same cache. One table sums up: size of the cache,
+    how many tokens fit in 1 GiB, decode speed and perplexity (lower is better).
+    """
+    results = library.demo(
+        model=model,
+        types=types.split(","),
+        prompt=prompt,
+        context=context,
+        max_tokens=max_tokens,
+        port=port,
+        console=Console(stderr=as_json),
+    )
+    if as_json:
+        click.echo(json.dumps(library.as_json(results), indent=2))
+    else:
+        console = Console()
+        console.rule()
+        console.print(library.table(results))

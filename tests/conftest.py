@@ -1,0 +1,27 @@
+"""What several tests need: a real model and a real text."""
+
+from pathlib import Path
+
+import pytest
+
+from turboquant_gguf import models
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct, Q4_1: the GGUF named in models/manifest.toml, fetched once into the user's cache."""
+    try:
+        return models.fetch("smollm2-135m")
+    except models.NoNetworkError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def wikitext() -> Path:
+    """The raw test split of WikiText-2, from the folder `shared` beside the repository."""
+    path = ROOT.parent / "shared" / "data" / "wiki.test.raw"
+    if not path.is_file():
+        pytest.skip("there is no shared/data/wiki.test.raw beside the repository")
+    return path

@@ -1,0 +1,150 @@
+"""The command as users run it: a process of its own, its output and its exit code."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from rich.console import Console
+
+import turboquant_gguf
+from turboquant_gguf.demo import Measurement, table
+
+COMMAND = (sys.executable, "-m", "turboquant_gguf.cli")
+NARROW = {"COLUMNS": "80", "NO_COLOR": "1"}
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [*COMMAND, *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **NARROW, **environment},
+        timeout=300,
+        check=False,
+    )
+
+
+def sentences(text: str) -> str:
+    """Text as one line, for output that is wrapped to the width of a terminal."""
+    return " ".join(text.split())
+
+
+@pytest.mark.parametrize("arguments", [[], ["demo"], ["types"]])
+def test_help_fits_80_columns(arguments):
+    shown = run(*arguments, "--help")
+    assert shown.returncode == 0
+    assert max(map(len, shown.stdout.splitlines())) <= 80
+
+
+def test_help_of_demo_has_examples():
+    assert "turboquant-gguf demo --model my.gguf" in run("demo", "--help").stdout
+
+
+def test_types():
+    known = {kind.name: kind for kind in turboquant_gguf.types()}
+    listed = {entry["name"]: entry for entry in json.loads(run("types", "--json").stdout)}
+    assert listed.keys() == known.keys() == {"turbo2", "turbo3", "turbo4"}
+    assert all(listed[name]["bytes_per_block"] == kind.bytes_per_block for name, kind in known.items())
+    printed = run("types").stdout
+    assert all(name in printed for name in known)
+    assert max(map(len, printed.splitlines())) <= 80
+
+
+def test_demo_as_json(smollm2):
+    options = ("--types", "f16,turbo4:turbo3", "--max-tokens", "8", "--context", "512", "--json")
+    done = run("demo", "--model", str(smollm2), *options)
+    assert done.returncode == 0, done.stderr
+    f16, turbo = json.loads(done.stdout)
+    assert (turbo["types"], turbo["type_k"], turbo["type_v"]) == ("turbo4:turbo3", "turbo4", "turbo3")
+    assert f16["context"] == turbo["context"] == 512
+    assert f16["cache_bytes"] / turbo["cache_bytes"] == pytest.approx(32 / (4.25 + 3.25), rel=0.01)
+    assert turbo["tokens_per_gib"] > 4 * f16["tokens_per_gib"]
+    assert f16["perplexity"] < turbo["perplexity"] < 1.2 * f16["perplexity"]
+    assert f16["decode_speed"] > 0
+    assert sentences(f16["answer"]) in sentences(done.stderr)  # streamed there
+
+
+def test_table_fits_80_columns():
+    widest = Measurement("turbo4:turbo3", "turbo4", "turbo3", 131072, 10**11, 1234567, 1234.5, 1234.5, 1.0, "")
+    base = Measurement("f16", "f16", "f16", 131072, 10**12, 123, 1234.5, 12.5, 1.0, "")
+    console = Console(width=80)
+    with console.capture() as captured:
+        console.print(table([base, widest]))
+    lines = captured.get().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert len(lines) == 4, "a row was wrapped"
+    assert lines[-1].split() == ["turbo4:turbo3", "95367.4", "10.00x", "1.23", "M", "1234.5", "1234.50", "+9776.0%"]
+
+
+def test_table_without_f16_compares_with_nothing():
+    console = Console(width=80)
+    with console.capture() as captured:
+        console.print(table([Measurement("turbo4", "turbo4", "turbo4", 4096, 2**20, 46_600, 9.0, 20.0, 1.0, "")]))
+    assert captured.get().splitlines()[-1].split() == ["turbo4", "1.0", "-", "46.6", "k", "9.0", "20.00", "-"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "sentence"),
+    [
+        (["demo", "--types", "trubo4"], 2, "There is no cache type 'trubo4': did you mean turbo4?"),
+        (["demo", "--model", "absent.gguf"], 1, "There is no model file absent.gguf."),
+        (["demo", "--model", os.devnull], 1, "There is no model file"),
+        (["demo", "--model", __file__], 1, "is not a GGUF file"),
+        (["demo", "--port", "99999"], 2, "99999 is not in the range"),
+        (["dmo"], 2, "Did you mean 'demo'?"),
+    ],
+)
+def test_errors_are_sentences(arguments, code, sentence):
+    failed = run(*arguments)
+    assert failed.returncode == code
+    assert sentence in sentences(failed.stderr)
+    assert "Traceback" not in failed.stderr
+    assert failed.stdout == ""
+
+
+def test_debug_shows_where_an_error_came_from():
+    assert "Traceback" in run("demo", "--model", "absent.gguf", TURBOQUANT_DEBUG="1").stderr
+
+
+def test_port_in_use(smollm2):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        failed = run("demo", "--model", str(smollm2), "--types", "f16", "--port", str(port))
+    assert failed.returncode == 1
+    assert f"Port {port} cannot be used" in sentences(failed.stderr)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupt_stops_the_server_and_leaves_nothing(smollm2, tmp_path, number, code):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    process = subprocess.Popen(
+        [*COMMAND, "demo", "--model", str(smollm2), "--types", "f16", "--port", str(port), "--max-tokens", "2000"],
+        env={**os.environ, **NARROW, "TMPDIR": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while not _answers(port):
+        assert time.monotonic() < deadline and process.poll() is None, "the server did not start"
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == code
+    assert "Traceback" not in errors
+    assert not _answers(port)
+    assert list(tmp_path.iterdir()) == []
+
+
+def _answers(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0

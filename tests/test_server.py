@@ -1,0 +1,190 @@
+"""llama-server as this package runs it: real servers, a real model."""
+
+import re
+import signal
+from pathlib import Path
+
+import httpx
+import pytest
+
+import turboquant_gguf
+from turboquant_gguf import cachefacts, models, server
+from turboquant_gguf.cachetypes import CacheTypes, UnknownTypeError
+from turboquant_gguf.errors import TurboquantError
+from turboquant_gguf.toolerrors import tool_error
+
+PAIRS = ("f16", "turbo4", "turbo3", "turbo2", "turbo4:turbo2", "q8_0:turbo3")
+STOCK_BITS = {"f16": 16, "q8_0": 8.5}
+QUESTION = "Why is the sky blue?"
+CONTEXT = 512
+
+
+@pytest.fixture
+def start(smollm2):
+    """Start a server with SmolLM2 and the cache types given as text."""
+
+    def starter(types: str = "f16", **options):
+        return server.running(smollm2, CacheTypes.parse(types), **{"context": CONTEXT, **options})
+
+    return starter
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_cache_is_what_was_asked_for(start, pair):
+    bits = STOCK_BITS | {kind.name: kind.bits_per_value for kind in turboquant_gguf.types()}
+    model = models.catalogue()["smollm2-135m"].facts
+    values = model["layers"] * model["kv_heads"] * model["head_size"]
+    types = CacheTypes.parse(pair)
+    with start(pair) as running:
+        facts = running.facts
+        answer = running.ask(QUESTION, max_tokens=24)
+    assert facts.types == types
+    assert facts.cells == CONTEXT
+    expected = CONTEXT * values * (bits[types.k] + bits[types.v]) / 8
+    assert facts.size == pytest.approx(expected, abs=0.011 * cachefacts.MIB)  # llama.cpp prints K and V to 0.01 MiB
+    assert answer.tokens > 0 and answer.decode_speed > 0
+    if "turbo2" not in pair:  # a model this small may lose the thread at 2 bits
+        assert re.search("sky|light", answer.text)
+
+
+def test_answer_arrives_piece_by_piece(start):
+    pieces = []
+    with start() as running:
+        answer = running.ask(QUESTION, max_tokens=16, on_text=pieces.append)
+    assert len(pieces) > 3
+    assert "".join(pieces) == answer.text
+
+
+def test_proxy_of_the_environment_is_not_asked(start, monkeypatch):
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    monkeypatch.setenv("ALL_PROXY", "http://127.0.0.1:9")
+    with start() as running:
+        assert running.ask(QUESTION, max_tokens=2).tokens == 2
+
+
+def test_server_is_stopped_whatever_happens(start):
+    with pytest.raises(ZeroDivisionError), start() as running:
+        url = running.url
+        assert httpx.get(f"{url}/health", trust_env=False).status_code == httpx.codes.OK
+        raise ZeroDivisionError
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{url}/health", trust_env=False)
+
+
+def test_port_in_use(start):
+    with start() as running:
+        port = httpx.URL(running.url).port
+        with pytest.raises(TurboquantError, match=f"Port {port} cannot be used"), start(port=port):
+            pass
+    with start(port=port) as running:  # free again
+        assert httpx.URL(running.url).port == port
+
+
+def test_prompt_longer_than_the_context(start):
+    with start() as running, pytest.raises(TurboquantError, match=r"refused the question.*exceeds"):
+        running.ask("word " * (2 * CONTEXT))
+
+
+def test_server_that_dies_over_a_question(start):
+    with start() as running, pytest.raises(TurboquantError, match="llama-server was ended by SIGKILL"):
+        running.ask(QUESTION, on_text=lambda _: running._process.send_signal(signal.SIGKILL))
+
+
+def test_no_model_file(tmp_path):
+    with pytest.raises(TurboquantError, match="There is no model file"), _server_of(tmp_path / "absent.gguf"):
+        pass
+
+
+def test_file_that_is_no_gguf(tmp_path):
+    text = tmp_path / "text.gguf"
+    text.write_text("hello")
+    with pytest.raises(TurboquantError, match="is not a GGUF file"), _server_of(text):
+        pass
+
+
+def test_truncated_model(smollm2, tmp_path):
+    half = tmp_path / "half.gguf"
+    half.write_bytes(smollm2.read_bytes()[:5_000_000])
+    with pytest.raises(TurboquantError, match="The model file is damaged or incomplete") as caught, _server_of(half):
+        pass
+    assert "not within the file bounds" in caught.value.details
+
+
+def _server_of(model: Path):
+    return server.running(model, CacheTypes("f16", "f16"), context=CONTEXT)
+
+
+# --- what the log says ---
+
+LOG = """
+llama_kv_cache: size =   36.56 MiB (  4096 cells,  30 layers,  4/1 seqs), K (q8_0):   23.91 MiB, V (q4_0):   12.66 MiB
+"""
+
+WINDOWED_LOG = """
+llama_kv_cache: size =   64.00 MiB (  8192 cells,   4 layers,  1/1 seqs), K (f16):   32.00 MiB, V (f16):   32.00 MiB
+llama_kv_cache: size =   20.00 MiB (  1024 cells,  20 layers,  1/1 seqs), K (f16):   10.00 MiB, V (f16):   10.00 MiB
+"""
+
+
+def test_facts_of_a_log():
+    facts = cachefacts.require(LOG, CacheTypes("q8_0", "q4_0"))
+    assert facts.cells == 4096
+    assert facts.size == round(36.57 * 2**20)
+    assert facts.tokens_in(1 << 30) == int(1024 / 36.57 * 4096)
+
+
+def test_sliding_window_does_not_grow():
+    facts = cachefacts.require(WINDOWED_LOG, CacheTypes("f16", "f16"))
+    assert facts.size == 84 << 20
+    assert facts.size_per_token == (64 << 20) / 8192
+    assert facts.tokens_in(84 << 20) == 8192  # exactly the cache we have
+    assert facts.tokens_in(20 << 20) == 0  # the window alone
+
+
+@pytest.mark.parametrize("asked", ["q4_0:q4_0", "q8_0:q8_0", "f16"])
+def test_other_types_than_asked_for_are_an_error(asked):
+    with pytest.raises(TurboquantError, match=f"asked to be {CacheTypes.parse(asked)} and is q8_0:q4_0"):
+        cachefacts.require(LOG, CacheTypes.parse(asked))
+
+
+def test_one_part_of_another_type_is_an_error():
+    with pytest.raises(TurboquantError, match="asked to be f16 and is q8_0:q4_0"):
+        cachefacts.require(WINDOWED_LOG + LOG, CacheTypes("f16", "f16"))
+
+
+def test_silent_log_is_an_error():
+    with pytest.raises(TurboquantError, match="did not say what its KV cache holds"):
+        cachefacts.require("server is listening", CacheTypes("f16", "f16"))
+
+
+@pytest.mark.parametrize(
+    ("log", "advice"),
+    [
+        (
+            "E layer 0 of this model has a K head size of 80. Cache types that work for it: f16, q8_0",
+            "work: f16, q8_0.",
+        ),
+        ("E K cache type q4_0 with block size 32 does not divide n_embd_head_k=80", "80 values, .* whole blocks of 32"),
+        ("E srv couldn't bind HTTP server socket", "Choose another with --port"),
+        ("E ggml_aligned_malloc: failed to allocate 9.00 GB", "not enough memory"),
+        ("E unknown model architecture: 'next'", "older than the model's architecture"),
+        ("something new", "The end of its log follows"),
+    ],
+)
+def test_advice(log, advice):
+    assert re.search(advice, str(tool_error("llama-server", 1, log)))
+
+
+# --- types as users write them ---
+
+
+def test_pairs_of_types():
+    assert CacheTypes.parse("turbo4") == CacheTypes("turbo4", "turbo4")
+    assert CacheTypes.parse(" turbo4:turbo3 ") == CacheTypes("turbo4", "turbo3")
+    assert [str(CacheTypes.parse(text)) for text in ("f16:f16", "f16:q8_0")] == ["f16", "f16:q8_0"]
+
+
+@pytest.mark.parametrize(("text", "hint"), [("turbo5", "turbo"), ("Turbo4", "did you mean turbo4"), ("f16:", "choose")])
+def test_unknown_type(text, hint):
+    with pytest.raises(UnknownTypeError, match=hint):
+        CacheTypes.parse(text)
