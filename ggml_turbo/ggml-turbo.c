@@ -31,32 +31,33 @@ void turbo_dequantize_block(const turbo_codec * codec, const uint8_t * block, fl
 //
 // State s follows the states (s << k | t) mod 256, t < 2^k: all that share s's low 8-k bits as their high bits.
 
-static uint16_t turbo_add_sat(uint16_t a, uint16_t b) {
-    return a + b > UINT16_MAX ? UINT16_MAX : a + b;
-}
-
-// Cost of taking state s for value i after the best path to it. The step's own cost is twice the squared distance
-// of target and entry, in codebook units, rounded; the distance saturates at 128 units.
-static uint16_t turbo_path_cost(const turbo_codec * codec, const int16_t * target, const turbo_paths * paths,
-                                int i, int s) {
-    int32_t d = target[i] - 256*codec->codebook[s];
+// Cost of a path that goes on with a codebook entry for a target, from the cost of the best path that can. The step
+// costs twice the squared distance, in codebook units, rounded; the distance saturates at 128 units.
+static inline uint16_t turbo_path_cost(uint16_t best, int16_t target, int8_t entry) {
+    int32_t d = target - 256*entry;
     d = d > INT16_MAX ? INT16_MAX : d < INT16_MIN ? INT16_MIN : d;
-    const uint16_t step = (uint16_t) ((d*d + (1 << 14)) >> 15);
-    return turbo_add_sat(paths->best[i][s % (1 << (8 - codec->bits))], step);
+    const int32_t cost = best + ((d*d + (1 << 14)) >> 15);
+    return (uint16_t) (cost > UINT16_MAX ? UINT16_MAX : cost);
 }
 
 static uint32_t turbo_search(const turbo_codec * codec, const int16_t * target, turbo_paths * paths) {
-    const int bits = codec->bits, n_shared = 1 << (8 - bits);
+    const int n_shared = 1 << (8 - codec->bits), n_codes = 1 << codec->bits;
     uint32_t total = 0;
     memset(paths->best[0], 0, sizeof(paths->best[0])); // every start is free
     for (int i = 0; i < QK_TURBO; ++i) {
+        uint16_t cost[TURBO_STATES];
+        for (int code = 0; code < n_codes; ++code) {
+            for (int u = 0; u < n_shared; ++u) {
+                const int s = code*n_shared + u;
+                cost[s] = turbo_path_cost(paths->best[i][u], target[i], codec->codebook[s]);
+            }
+        }
         uint16_t * next = paths->best[i + 1];
         uint16_t smallest = UINT16_MAX;
         for (int u = 0; u < n_shared; ++u) {
             next[u] = UINT16_MAX;
-            for (int s = u << bits; s < (u + 1) << bits; ++s) {
-                const uint16_t cost = turbo_path_cost(codec, target, paths, i, s);
-                next[u] = cost < next[u] ? cost : next[u];
+            for (int s = u*n_codes; s < (u + 1)*n_codes; ++s) {
+                next[u] = cost[s] < next[u] ? cost[s] : next[u];
             }
             smallest = next[u] < smallest ? next[u] : smallest;
         }
@@ -72,18 +73,19 @@ static uint32_t turbo_search(const turbo_codec * codec, const int16_t * target, 
 
 static void turbo_traceback(const turbo_codec * codec, const int16_t * target, const turbo_paths * paths,
                             uint8_t * states) {
+    const int n_shared = 1 << (8 - codec->bits), n_codes = 1 << codec->bits;
     int first = 0, end = TURBO_STATES; // candidates for states[i]
     for (int i = QK_TURBO - 1; i >= 0; --i) {
         int smallest = UINT16_MAX + 1;
         for (int s = first; s < end; ++s) {
-            const int cost = turbo_path_cost(codec, target, paths, i, s);
+            const int cost = turbo_path_cost(paths->best[i][s % n_shared], target[i], codec->codebook[s]);
             if (cost < smallest) {
                 smallest  = cost;
                 states[i] = (uint8_t) s;
             }
         }
-        first = (states[i] << codec->bits) % TURBO_STATES;
-        end   = first + (1 << codec->bits);
+        first = states[i] % n_shared * n_codes;
+        end   = first + n_codes;
     }
 }
 

@@ -62,7 +62,7 @@ typedef struct {
 TURBO_API const turbo_codec * turbo_get_codec(int bits); // bits 2, 3, 4; otherwise NULL
 
 // One block: 64 values x, TURBO_BLOCK_BYTES(codec->bits) bytes. NaN is taken as 0, an infinity as the largest
-// finite magnitude of its block; magnitudes that the scale cannot reach saturate (2^31) or become 0 (2^-40).
+// finite magnitude of its block; magnitudes that the scale cannot reach saturate (2^29) or become 0 (2^-40).
 TURBO_API void turbo_quantize_block  (const turbo_codec * codec, const float * x, uint8_t * block);
 TURBO_API void turbo_dequantize_block(const turbo_codec * codec, const uint8_t * block, float * y);
 

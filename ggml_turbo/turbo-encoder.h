@@ -59,7 +59,7 @@ static inline float turbo_stored_scale(int bits, const uint8_t * block) {
 
 // ---- from values to search targets ----
 
-#define TURBO_MAX_INPUT 2147483648.0f // 2^31, what the largest scale reaches; squares of it still sum up in a float
+#define TURBO_MAX_INPUT 536870912.0f // 2^29: a whole block of it is within reach of the largest scale
 
 // x without NaN, infinities and what overflows; returns the largest magnitude.
 static inline float turbo_sanitize(const float * x, float * clean) {

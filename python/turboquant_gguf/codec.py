@@ -74,8 +74,8 @@ def quantize(x: NDArray[np.float32], type: str) -> NDArray[np.uint8]:
 
     x: float32 of shape (..., n), n a multiple of 64. type: "turbo2", "turbo3" or "turbo4".
     Returns uint8 of shape (..., n/64 * bytes per block).
-    NaN is stored as 0, an infinity as the largest finite magnitude of its block, and magnitudes above 2^31
-    as 2^31. Raises ValueError for another dtype, shape or type.
+    NaN is stored as 0, an infinity as the largest finite magnitude of its block, and magnitudes above 2^29
+    as 2^29. Raises ValueError for another dtype, shape or type.
     """
     kind = _type(type)
     x = np.asarray(x)

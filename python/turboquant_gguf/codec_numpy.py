@@ -12,7 +12,7 @@ import numpy as np
 
 BLOCK = 64
 SCALE_BIAS = 40
-MAX_INPUT = np.float32(2.0**31)
+MAX_INPUT = np.float32(2.0**29)
 AROUND_GUESS = (np.float32(0.94), np.float32(1.06))
 RENORMALIZE = 16
 STATES = np.arange(256)
