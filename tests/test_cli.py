@@ -34,15 +34,16 @@ def sentences(text: str) -> str:
     return " ".join(text.split())
 
 
-@pytest.mark.parametrize("arguments", [[], ["demo"], ["types"]])
+@pytest.mark.parametrize("arguments", [[], ["bench"], ["demo"], ["types"]])
 def test_help_fits_80_columns(arguments):
     shown = run(*arguments, "--help")
     assert shown.returncode == 0
     assert max(map(len, shown.stdout.splitlines())) <= 80
 
 
-def test_help_of_demo_has_examples():
-    assert "turboquant-gguf demo --model my.gguf" in run("demo", "--help").stdout
+@pytest.mark.parametrize("example", ["demo --model my.gguf", "bench my.gguf --types"])
+def test_help_has_examples(example):
+    assert f"turboquant-gguf {example}" in run(example.split()[0], "--help").stdout
 
 
 def test_types():
@@ -96,6 +97,14 @@ def test_table_without_f16_compares_with_nothing():
         (["demo", "--model", os.devnull], 1, "There is no model file"),
         (["demo", "--model", __file__], 1, "is not a GGUF file"),
         (["demo", "--port", "99999"], 2, "99999 is not in the range"),
+        (["bench", "--types", "trubo4"], 2, "There is no cache type 'trubo4': did you mean turbo4?"),
+        (["bench", "--depths", "0,4k"], 2, "'4k' is not a number of tokens."),
+        (["bench", "--basline", "."], 2, "Did you mean '--baseline'?"),
+        (["bench", "--prefill", "0", "--decode", "0"], 2, "nothing to measure"),
+        (["bench", "--plot", "speed.jpg"], 2, "'speed.jpg' does not end in .png"),
+        (["bench", "--json", "absent/speed.json"], 2, "There is no folder absent."),
+        (["bench", "absent.gguf"], 1, "There is no model file absent.gguf."),
+        (["bench", "--baseline", "absent"], 1, "There is no llama-bench in absent."),
         (["dmo"], 2, "Did you mean 'demo'?"),
     ],
 )

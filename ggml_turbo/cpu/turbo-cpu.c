@@ -1,31 +1,9 @@
-// turbo types on the CPU. This file has the structure; an instruction set comes as a header of small helpers:
-//
-//   trellis search, on vectors of TURBO_LANES path costs:
-//     turbo_u16_{set1,store,min,sub,add_sat,smallest}
-//     turbo_u16_step_cost   (target - entry)^2 * 2 / 2^16, rounded, the difference saturating
-//     turbo_u16_entries     codebook entries * 256
-//     turbo_u16_spread      costs of the best paths by shared bits -> the same by state, in by_low's order
-//     turbo_u16_fold        minimum of both halves (only where a vector holds more than 16 lanes)
-//     turbo_u16x8_{costs,first4,argmin}   the same on 8 states at a time; argmin gives value << 16 | index
-//   decoder, on the 64 values of a block:
-//     turbo_entries         codebook entries of all values
-//     turbo_store_scaled    entries * scale as floats
-//     turbo_sum_{zero,dot,total}   sums of dot products with two q8_0 blocks
-//
-// Without one of them, the reference does the work.
+// turbo types on the CPU: quantize, dequantize and dot product. This file has the structure; what differs between
+// instruction sets are the small helpers of turbo-simd.h.
 
 #include "turbo-cpu.h"
 #include "turbo-encoder.h"
-
-#if defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__) && defined(__AVX512VBMI__)
-#  include "turbo-simd-avx512.h"
-#elif defined(__AVX2__) && defined(__FMA__)
-#  include "turbo-simd-avx2.h"
-#elif defined(__ARM_NEON) && defined(__aarch64__)
-#  include "turbo-simd-neon.h"
-#else
-#  define TURBO_SIMD "scalar"
-#endif
+#include "turbo-simd.h"
 
 #if defined(_MSC_VER)
 #  define TURBO_INLINE static __forceinline

@@ -147,3 +147,86 @@ static inline turbo_sum turbo_sum_dot(turbo_sum sum, turbo_i8x64 c, const int8_t
     }
     return sum;
 }
+
+// ---- attention ----
+
+typedef __m256  turbo_f32;
+typedef __m256i turbo_i32;
+
+#define TURBO_F32_LANES   8
+#define TURBO_SCORE_KEYS  2 // vectors of keys and of values that a step keeps in registers, for each of 4 queries
+#define TURBO_VALUE_STEP  2
+#ifdef __AVXVNNI__
+#define TURBO_KEY_BIAS    128 // the dot product wants one factor unsigned
+#else
+#define TURBO_KEY_BIAS    0
+#endif
+
+static inline turbo_f32 turbo_f32_load(const float * p)                          { return _mm256_loadu_ps(p); }
+static inline void      turbo_f32_store(float * p, turbo_f32 x)                  { _mm256_storeu_ps(p, x); }
+static inline turbo_f32 turbo_f32_set1(float x)                                  { return _mm256_set1_ps(x); }
+static inline turbo_f32 turbo_f32_add(turbo_f32 a, turbo_f32 b)                  { return _mm256_add_ps(a, b); }
+static inline turbo_f32 turbo_f32_mul(turbo_f32 a, turbo_f32 b)                  { return _mm256_mul_ps(a, b); }
+static inline turbo_f32 turbo_f32_fma(turbo_f32 a, turbo_f32 b, turbo_f32 c)     { return _mm256_fmadd_ps(a, b, c); }
+static inline turbo_f32 turbo_f32_max(turbo_f32 a, turbo_f32 b)                  { return _mm256_max_ps(a, b); }
+static inline turbo_f32 turbo_f32_round(turbo_f32 x)                             { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+static inline turbo_f32 turbo_f32_from_half(const uint16_t * p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) p)); }
+static inline turbo_f32 turbo_f32_from_i32(turbo_i32 x)                          { return _mm256_cvtepi32_ps(x); }
+static inline float     turbo_f32_total(turbo_f32 x)                             { return turbo_sum_total(x); }
+
+static inline turbo_f32 turbo_f32_scale2(turbo_f32 x, turbo_f32 n) { // n of at least -126
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x), _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23)));
+}
+
+static inline float turbo_f32_largest(turbo_f32 x) {
+    const __m128 r = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    const __m128 s = _mm_max_ps(r, _mm_movehl_ps(r, r));
+    return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
+}
+
+static inline turbo_f32 turbo_f32_zero_below(turbo_f32 y, turbo_f32 x, turbo_f32 limit) {
+    return _mm256_and_ps(y, _mm256_cmp_ps(x, limit, _CMP_NLT_UQ));
+}
+
+static inline turbo_i32 turbo_i32_load(const void * p)  { return _mm256_loadu_si256((const __m256i *) p); }
+static inline turbo_i32 turbo_i32_set1(int32_t x)       { return _mm256_set1_epi32(x); }
+
+static inline turbo_i32 turbo_i32_dot4(turbo_i32 sum, turbo_i32 keys, int32_t query) {
+    const __m256i q = _mm256_set1_epi32(query);
+#ifdef __AVXVNNI__
+    return _mm256_dpbusd_avx_epi32(sum, keys, q);
+#else
+    const __m256i dot = _mm256_maddubs_epi16(_mm256_abs_epi8(keys), _mm256_sign_epi8(q, keys));
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(dot, _mm256_set1_epi16(1)));
+#endif
+}
+
+static inline void turbo_store_keys(turbo_i8x64 c, void * p) {
+    for (int half = 0; half < 2; ++half) {
+#ifdef __AVXVNNI__
+        c.half[half] = _mm256_xor_si256(c.half[half], _mm256_set1_epi8((char) 0x80));
+#endif
+        _mm256_storeu_si256((__m256i *) p + half, c.half[half]);
+    }
+}
+
+static inline void turbo_transpose(const int32_t * from, int64_t from_stride, int32_t * to, int64_t to_stride) {
+    __m256i r[8], s[8];
+    for (int i = 0; i < 8; ++i) {
+        r[i] = _mm256_loadu_si256((const __m256i *) (from + i*from_stride));
+    }
+    for (int i = 0; i < 8; i += 2) {
+        s[i]     = _mm256_unpacklo_epi32(r[i], r[i + 1]);
+        s[i + 1] = _mm256_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) { // r[i + j]: column 4*lane + j of rows i .. i+3
+        r[i]     = _mm256_unpacklo_epi64(s[i],     s[i + 2]);
+        r[i + 1] = _mm256_unpackhi_epi64(s[i],     s[i + 2]);
+        r[i + 2] = _mm256_unpacklo_epi64(s[i + 1], s[i + 3]);
+        r[i + 3] = _mm256_unpackhi_epi64(s[i + 1], s[i + 3]);
+    }
+    for (int j = 0; j < 4; ++j) {
+        _mm256_storeu_si256((__m256i *) (to + (j + 0)*to_stride), _mm256_permute2x128_si256(r[j], r[4 + j], 0x20));
+        _mm256_storeu_si256((__m256i *) (to + (j + 4)*to_stride), _mm256_permute2x128_si256(r[j], r[4 + j], 0x31));
+    }
+}

@@ -109,3 +109,81 @@ static inline turbo_sum turbo_sum_dot(turbo_sum sum, turbo_i8x64 c, const int8_t
     const __m512 d = _mm512_insertf32x8(_mm512_set1_ps(d0), _mm256_set1_ps(d1), 1);
     return _mm512_fmadd_ps(d, _mm512_cvtepi32_ps(dot), sum);
 }
+
+// ---- attention ----
+
+typedef __m512  turbo_f32;
+typedef __m512i turbo_i32;
+
+#define TURBO_F32_LANES   16
+#define TURBO_SCORE_KEYS  4 // vectors of keys and of values that a step keeps in registers, for each of 4 queries
+#define TURBO_VALUE_STEP  4
+#ifdef __AVX512VNNI__
+#define TURBO_KEY_BIAS    128 // the dot product wants one factor unsigned
+#else
+#define TURBO_KEY_BIAS    0
+#endif
+
+static inline turbo_f32 turbo_f32_load(const float * p)                          { return _mm512_loadu_ps(p); }
+static inline void      turbo_f32_store(float * p, turbo_f32 x)                  { _mm512_storeu_ps(p, x); }
+static inline turbo_f32 turbo_f32_set1(float x)                                  { return _mm512_set1_ps(x); }
+static inline turbo_f32 turbo_f32_add(turbo_f32 a, turbo_f32 b)                  { return _mm512_add_ps(a, b); }
+static inline turbo_f32 turbo_f32_mul(turbo_f32 a, turbo_f32 b)                  { return _mm512_mul_ps(a, b); }
+static inline turbo_f32 turbo_f32_fma(turbo_f32 a, turbo_f32 b, turbo_f32 c)     { return _mm512_fmadd_ps(a, b, c); }
+static inline turbo_f32 turbo_f32_max(turbo_f32 a, turbo_f32 b)                  { return _mm512_max_ps(a, b); }
+static inline turbo_f32 turbo_f32_round(turbo_f32 x)                             { return _mm512_roundscale_ps(x, 0); }
+static inline turbo_f32 turbo_f32_scale2(turbo_f32 x, turbo_f32 n)               { return _mm512_scalef_ps(x, n); }
+static inline turbo_f32 turbo_f32_from_half(const uint16_t * p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) p)); }
+static inline turbo_f32 turbo_f32_from_i32(turbo_i32 x)                          { return _mm512_cvtepi32_ps(x); }
+static inline float     turbo_f32_total(turbo_f32 x)                             { return _mm512_reduce_add_ps(x); }
+static inline float     turbo_f32_largest(turbo_f32 x)                           { return _mm512_reduce_max_ps(x); }
+
+static inline turbo_f32 turbo_f32_zero_below(turbo_f32 y, turbo_f32 x, turbo_f32 limit) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, limit, _CMP_NLT_UQ), y);
+}
+
+static inline turbo_i32 turbo_i32_load(const void * p)  { return _mm512_loadu_si512(p); }
+static inline turbo_i32 turbo_i32_set1(int32_t x)       { return _mm512_set1_epi32(x); }
+
+static inline turbo_i32 turbo_i32_dot4(turbo_i32 sum, turbo_i32 keys, int32_t query) {
+    const __m512i q = _mm512_set1_epi32(query);
+#ifdef __AVX512VNNI__
+    return _mm512_dpbusd_epi32(sum, keys, q);
+#else
+    const __m512i signed_q = _mm512_mask_sub_epi8(q, _mm512_movepi8_mask(keys), _mm512_setzero_si512(), q);
+    const __m512i dot      = _mm512_maddubs_epi16(_mm512_abs_epi8(keys), signed_q);
+    return _mm512_add_epi32(sum, _mm512_madd_epi16(dot, _mm512_set1_epi16(1)));
+#endif
+}
+
+static inline void turbo_store_keys(turbo_i8x64 c, void * p) {
+#ifdef __AVX512VNNI__
+    c = _mm512_xor_si512(c, _mm512_set1_epi8((char) 0x80));
+#endif
+    _mm512_storeu_si512(p, c);
+}
+
+static inline void turbo_transpose(const int32_t * from, int64_t from_stride, int32_t * to, int64_t to_stride) {
+    __m512i r[16], s[16];
+    for (int i = 0; i < 16; ++i) {
+        r[i] = _mm512_loadu_si512(from + i*from_stride);
+    }
+    for (int i = 0; i < 16; i += 2) {
+        s[i]     = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        s[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) { // r[i + j]: column 4*lane + j of rows i .. i+3
+        r[i]     = _mm512_unpacklo_epi64(s[i],     s[i + 2]);
+        r[i + 1] = _mm512_unpackhi_epi64(s[i],     s[i + 2]);
+        r[i + 2] = _mm512_unpacklo_epi64(s[i + 1], s[i + 3]);
+        r[i + 3] = _mm512_unpackhi_epi64(s[i + 1], s[i + 3]);
+    }
+    for (int j = 0; j < 4; ++j) {
+        const __m512i low01  = _mm512_shuffle_i32x4(r[j],     r[4 + j],  0x88), high01 = _mm512_shuffle_i32x4(r[j],     r[4 + j],  0xdd);
+        const __m512i low23  = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x88), high23 = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xdd);
+        _mm512_storeu_si512(to + (j +  0)*to_stride, _mm512_shuffle_i32x4(low01,  low23,  0x88));
+        _mm512_storeu_si512(to + (j +  4)*to_stride, _mm512_shuffle_i32x4(high01, high23, 0x88));
+        _mm512_storeu_si512(to + (j +  8)*to_stride, _mm512_shuffle_i32x4(low01,  low23,  0xdd));
+        _mm512_storeu_si512(to + (j + 12)*to_stride, _mm512_shuffle_i32x4(high01, high23, 0xdd));
+    }
+}

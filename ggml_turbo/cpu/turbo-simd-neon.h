@@ -132,3 +132,64 @@ static inline turbo_sum turbo_sum_dot(turbo_sum sum, turbo_i8x64 c, const int8_t
     const int32x4_t dot1 = turbo_dot16(turbo_dot16(zero, c.quarter[2], vld1q_s8(q1)), c.quarter[3], vld1q_s8(q1 + 16));
     return vfmaq_n_f32(vfmaq_n_f32(sum, vcvtq_f32_s32(dot0), d0), vcvtq_f32_s32(dot1), d1);
 }
+
+// ---- attention ----
+
+typedef float32x4_t turbo_f32;
+typedef int32x4_t   turbo_i32;
+
+#define TURBO_F32_LANES   4
+#define TURBO_SCORE_KEYS  4 // vectors of keys and of values that a step keeps in registers, for each of 4 queries
+#define TURBO_VALUE_STEP  4
+#define TURBO_KEY_BIAS    0
+
+static inline turbo_f32 turbo_f32_load(const float * p)                          { return vld1q_f32(p); }
+static inline void      turbo_f32_store(float * p, turbo_f32 x)                  { vst1q_f32(p, x); }
+static inline turbo_f32 turbo_f32_set1(float x)                                  { return vdupq_n_f32(x); }
+static inline turbo_f32 turbo_f32_add(turbo_f32 a, turbo_f32 b)                  { return vaddq_f32(a, b); }
+static inline turbo_f32 turbo_f32_mul(turbo_f32 a, turbo_f32 b)                  { return vmulq_f32(a, b); }
+static inline turbo_f32 turbo_f32_fma(turbo_f32 a, turbo_f32 b, turbo_f32 c)     { return vfmaq_f32(c, a, b); }
+static inline turbo_f32 turbo_f32_max(turbo_f32 a, turbo_f32 b)                  { return vmaxq_f32(a, b); }
+static inline turbo_f32 turbo_f32_round(turbo_f32 x)                             { return vrndnq_f32(x); }
+static inline turbo_f32 turbo_f32_from_half(const uint16_t * p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+static inline turbo_f32 turbo_f32_from_i32(turbo_i32 x)                          { return vcvtq_f32_s32(x); }
+static inline float     turbo_f32_total(turbo_f32 x)                             { return vaddvq_f32(x); }
+static inline float     turbo_f32_largest(turbo_f32 x)                           { return vmaxvq_f32(x); }
+
+static inline turbo_f32 turbo_f32_scale2(turbo_f32 x, turbo_f32 n) { // n of at least -126
+    return vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(x), vshlq_n_s32(vcvtnq_s32_f32(n), 23)));
+}
+
+static inline turbo_f32 turbo_f32_zero_below(turbo_f32 y, turbo_f32 x, turbo_f32 limit) {
+    return vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(y), vcltq_f32(x, limit)));
+}
+
+static inline turbo_i32 turbo_i32_load(const void * p)  { return vld1q_s32((const int32_t *) p); }
+static inline turbo_i32 turbo_i32_set1(int32_t x)       { return vdupq_n_s32(x); }
+
+static inline turbo_i32 turbo_i32_dot4(turbo_i32 sum, turbo_i32 keys, int32_t query) {
+    const int8x16_t k = vreinterpretq_s8_s32(keys), q = vreinterpretq_s8_s32(vdupq_n_s32(query));
+#ifdef __ARM_FEATURE_DOTPROD
+    return vdotq_s32(sum, k, q);
+#else
+    const int16x8_t low = vmull_s8(vget_low_s8(k), vget_low_s8(q)), high = vmull_high_s8(k, q);
+    return vaddq_s32(sum, vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high)));
+#endif
+}
+
+static inline void turbo_store_keys(turbo_i8x64 c, void * p) {
+    for (int g = 0; g < 4; ++g) {
+        vst1q_s8((int8_t *) p + 16*g, c.quarter[g]);
+    }
+}
+
+static inline void turbo_transpose(const int32_t * from, int64_t from_stride, int32_t * to, int64_t to_stride) {
+    const int32x4_t r0 = vld1q_s32(from),                 r1 = vld1q_s32(from + from_stride);
+    const int32x4_t r2 = vld1q_s32(from + 2*from_stride), r3 = vld1q_s32(from + 3*from_stride);
+    const int64x2_t s0 = vreinterpretq_s64_s32(vtrn1q_s32(r0, r1)), s1 = vreinterpretq_s64_s32(vtrn2q_s32(r0, r1));
+    const int64x2_t s2 = vreinterpretq_s64_s32(vtrn1q_s32(r2, r3)), s3 = vreinterpretq_s64_s32(vtrn2q_s32(r2, r3));
+    vst1q_s32(to + 0*to_stride, vreinterpretq_s32_s64(vtrn1q_s64(s0, s2)));
+    vst1q_s32(to + 1*to_stride, vreinterpretq_s32_s64(vtrn1q_s64(s1, s3)));
+    vst1q_s32(to + 2*to_stride, vreinterpretq_s32_s64(vtrn2q_s64(s0, s2)));
+    vst1q_s32(to + 3*to_stride, vreinterpretq_s32_s64(vtrn2q_s64(s1, s3)));
+}

@@ -28,14 +28,31 @@ _CACHE_LINE = re.compile(
 class CacheFacts:
     """A context's KV cache in effect.
 
-    cells: tokens it can hold. size: bytes of all of it. size_per_token: bytes that each further token of
-    context takes (caches of fixed length, such as a sliding window's, take none).
+    parts: (tokens it can hold, bytes) of each cache; a model with sliding windows has two, of which the window's
+    is shorter and never grows.
     """
 
     types: CacheTypes
-    cells: int
-    size: int
-    size_per_token: float
+    parts: tuple[tuple[int, float], ...]
+
+    @property
+    def cells(self) -> int:
+        """Tokens the cache can hold."""
+        return max(cells for cells, _ in self.parts)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all of it."""
+        return round(sum(size for _, size in self.parts))
+
+    @property
+    def size_per_token(self) -> float:
+        """Bytes that each further token of context takes; a sliding window's cache takes none."""
+        return sum(size for cells, size in self.parts if cells == self.cells) / self.cells
+
+    def size_of(self, tokens: float) -> float:
+        """Bytes that hold a context of `tokens`; a sliding window's cache is full at its own length."""
+        return sum(size * min(1, tokens / cells) for cells, size in self.parts)
 
     def tokens_in(self, memory: int) -> int:
         """How many tokens of context fit in `memory` bytes."""
@@ -59,10 +76,4 @@ def require(log: str, asked: CacheTypes) -> CacheFacts:
             raise TurboquantError(
                 f"The KV cache was asked to be {asked} and is {types}. This is a fault of the build: please report it."
             )
-    cells = max(part_cells for part_cells, _, _ in parts)
-    return CacheFacts(
-        types=asked,
-        cells=cells,
-        size=round(sum(size for _, _, size in parts)),
-        size_per_token=sum(size for part_cells, _, size in parts if part_cells == cells) / cells,
-    )
+    return CacheFacts(asked, tuple((cells, size) for cells, _, size in parts))

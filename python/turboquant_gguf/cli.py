@@ -12,6 +12,7 @@ import click
 from rich.console import Console
 from rich.markup import escape
 
+from .commands.bench import bench
 from .commands.demo import demo
 from .commands.types import types
 from .errors import TurboquantError
@@ -28,6 +29,7 @@ def cli() -> None:
     """Small KV caches for llama.cpp: the types turbo2, turbo3 and turbo4."""
 
 
+cli.add_command(bench)
 cli.add_command(demo)
 cli.add_command(types)
 

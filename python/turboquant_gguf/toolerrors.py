@@ -21,7 +21,7 @@ _ADVICE = (
     (r"couldn't bind", "Its port is taken. Choose another with --port, or none for a free one."),
     (
         r"failed to allocate|unable to allocate|out of memory|bad_alloc",
-        "There is not enough memory. Choose a shorter --context or a smaller cache type.",
+        "There is not enough memory. Choose a shorter context or a smaller cache type.",
     ),
     (
         r"not within the file bounds|corrupted|invalid magic|failed to read|gguf_init|unexpectedly reached end",
@@ -59,6 +59,7 @@ def _end_of(log: str) -> str:
     """The last errors that the log names, each once; without one, its last lines."""
     lines = log.strip().splitlines()
     errors = dict.fromkeys(line.partition(" E ")[2] for line in lines if " E " in line)
+    errors = errors or dict.fromkeys(line for line in lines if re.search(r"\b(error|failed)\b", line))
     return "\n".join((list(errors) or lines)[-_TAIL_LINES:])
 
 

@@ -1,0 +1,595 @@
+// Flash attention on quantized keys and values.
+//
+// Grouping   A task is one KV head, up to 64 rows (a row: one query of one of the head's query heads) and a range of
+//            keys. Keys and values are decoded once a task and 64 keys, and used by all its rows.
+// Keys       turbo: int8 codebook entries, 4 bytes of 64 keys side by side, against int8 queries with a scale for 64
+//            values; sums of 64 products are exact integers. Other types: float32, the same layout.
+// Values     64 keys x 64 values in float32, which stay in the first-level cache; sums in float32.
+// Softmax    online (Milakov and Gimelshein, arXiv 1805.02867), all in float32.
+// Splitting  Where there are few rows, the keys are split into ranges whose partial results are merged at the end.
+//            The ranges depend on the shapes alone, so the result does not depend on the number of threads.
+//
+// Error against float32 arithmetic on the same decoded keys and values: that of the int8 queries, at most
+// 1/254 of a query's largest value in 64, as in ggml's own dot products of quantized types; the rest is rounding.
+
+#include "turbo-attention.h"
+
+#include "ggml-cpu.h"
+#include "traits.h"
+#include "turbo-encoder.h"
+#include "turbo-simd.h"
+
+#ifdef TURBO_LANES
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+namespace {
+
+constexpr int ROWS  = 64; // rows of a task at most
+constexpr int KEYS  = 64; // keys decoded at a time
+constexpr int CHUNK = QK_TURBO; // values of a head that are decoded, scaled and summed together
+constexpr int SPLIT_KEYS  = 256; // keys of a range at least
+constexpr int SPLIT_TASKS = 128; // tasks wanted, where there are keys enough
+
+constexpr uint16_t HALF_MINUS_INFINITY = 0xfc00;
+
+int turbo_bits(ggml_type type) {
+    return type == GGML_TYPE_TURBO2 ? 2 : type == GGML_TYPE_TURBO3 ? 3 : type == GGML_TYPE_TURBO4 ? 4 : 0;
+}
+
+// ---- decoding ----
+
+turbo_i8x64 entries_of(int bits, const uint8_t * block) {
+    const turbo_codec * codec = turbo_get_codec(bits);
+    return bits == 2 ? turbo_entries(codec, 2, block) : bits == 3 ? turbo_entries(codec, 3, block) : turbo_entries(codec, 4, block);
+}
+
+// The head's values from `chunk`*64 on as floats.
+void decode_chunk(const ggml_tensor * t, const char * head, int64_t chunk, float * y) {
+    const char * from = head + chunk*CHUNK/ggml_blck_size(t->type)*ggml_type_size(t->type);
+    if (const int bits = turbo_bits(t->type)) {
+        const uint8_t * block = (const uint8_t *) from;
+        turbo_store_scaled(entries_of(bits, block), turbo_stored_scale(bits, block), y);
+    } else if (t->type == GGML_TYPE_F32) {
+        memcpy(y, from, CHUNK*sizeof(float));
+    } else {
+        ggml_get_type_traits(t->type)->to_float(from, y, CHUNK);
+    }
+}
+
+void transpose_tile(const int32_t * rows, int columns, int32_t * to) { // KEYS x columns
+    for (int c = 0; c < columns; c += TURBO_F32_LANES) {
+        for (int key = 0; key < KEYS; key += TURBO_F32_LANES) {
+            turbo_transpose(rows + key*columns + c, columns, to + c*KEYS + key, KEYS);
+        }
+    }
+}
+
+// ---- the three products, for R rows at a time ----
+
+// scores[r][key] = sum over chunks of scale_q * scale_k * dot of int8; keys: [chunk][16][KEYS] words of 4 bytes
+template <int R>
+void score_int8(const int32_t * query, const float * query_scale, const int32_t * query_sum, const int32_t * keys,
+                const float * key_scale, int chunks, float * scores) {
+    constexpr int STEP = TURBO_SCORE_KEYS, WORDS = CHUNK/4;
+    for (int key = 0; key < KEYS; key += STEP*TURBO_F32_LANES) {
+        turbo_f32 sum[R][STEP];
+        for (int r = 0; r < R; ++r) {
+            for (int j = 0; j < STEP; ++j) {
+                sum[r][j] = turbo_f32_set1(0.0f);
+            }
+        }
+        for (int c = 0; c < chunks; ++c) {
+            turbo_i32 dot[R][STEP];
+            for (int r = 0; r < R; ++r) {
+                for (int j = 0; j < STEP; ++j) {
+                    dot[r][j] = turbo_i32_set1(-TURBO_KEY_BIAS*query_sum[r*chunks + c]);
+                }
+            }
+            for (int w = c*WORDS; w < (c + 1)*WORDS; ++w) {
+                for (int j = 0; j < STEP; ++j) {
+                    const turbo_i32 k = turbo_i32_load(keys + w*KEYS + key + j*TURBO_F32_LANES);
+                    for (int r = 0; r < R; ++r) {
+                        dot[r][j] = turbo_i32_dot4(dot[r][j], k, query[r*chunks*WORDS + w]);
+                    }
+                }
+            }
+            for (int j = 0; j < STEP; ++j) {
+                const turbo_f32 scale_k = turbo_f32_load(key_scale + c*KEYS + key + j*TURBO_F32_LANES);
+                for (int r = 0; r < R; ++r) {
+                    const turbo_f32 scale = turbo_f32_mul(scale_k, turbo_f32_set1(query_scale[r*chunks + c]));
+                    sum[r][j] = turbo_f32_fma(turbo_f32_from_i32(dot[r][j]), scale, sum[r][j]);
+                }
+            }
+        }
+        for (int r = 0; r < R; ++r) {
+            for (int j = 0; j < STEP; ++j) {
+                turbo_f32_store(scores + r*KEYS + key + j*TURBO_F32_LANES, sum[r][j]);
+            }
+        }
+    }
+}
+
+// The same with float32 queries and keys, [value][KEYS].
+template <int R>
+void score_f32(const float * query, const float * keys, int values, float * scores) {
+    constexpr int STEP = TURBO_SCORE_KEYS;
+    for (int key = 0; key < KEYS; key += STEP*TURBO_F32_LANES) {
+        turbo_f32 sum[R][STEP];
+        for (int r = 0; r < R; ++r) {
+            for (int j = 0; j < STEP; ++j) {
+                sum[r][j] = turbo_f32_set1(0.0f);
+            }
+        }
+        for (int d = 0; d < values; ++d) {
+            for (int j = 0; j < STEP; ++j) {
+                const turbo_f32 k = turbo_f32_load(keys + d*KEYS + key + j*TURBO_F32_LANES);
+                for (int r = 0; r < R; ++r) {
+                    sum[r][j] = turbo_f32_fma(k, turbo_f32_set1(query[r*values + d]), sum[r][j]);
+                }
+            }
+        }
+        for (int r = 0; r < R; ++r) {
+            for (int j = 0; j < STEP; ++j) {
+                turbo_f32_store(scores + r*KEYS + key + j*TURBO_F32_LANES, sum[r][j]);
+            }
+        }
+    }
+}
+
+// out[r][0 .. 64) += sum over keys of weights[r][key] * values[key][0 .. 64)
+template <int R>
+void add_values(const float * weights, const float * values, int n_keys, float * out, int64_t out_stride) {
+    constexpr int STEP = TURBO_VALUE_STEP;
+    for (int d = 0; d < CHUNK; d += STEP*TURBO_F32_LANES) {
+        turbo_f32 sum[R][STEP];
+        for (int r = 0; r < R; ++r) {
+            for (int j = 0; j < STEP; ++j) {
+                sum[r][j] = turbo_f32_load(out + r*out_stride + d + j*TURBO_F32_LANES);
+            }
+        }
+        for (int key = 0; key < n_keys; ++key) {
+            turbo_f32 v[STEP];
+            for (int j = 0; j < STEP; ++j) {
+                v[j] = turbo_f32_load(values + key*CHUNK + d + j*TURBO_F32_LANES);
+            }
+            for (int r = 0; r < R; ++r) {
+                const turbo_f32 w = turbo_f32_set1(weights[r*KEYS + key]);
+                for (int j = 0; j < STEP; ++j) {
+                    sum[r][j] = turbo_f32_fma(w, v[j], sum[r][j]);
+                }
+            }
+        }
+        for (int r = 0; r < R; ++r) {
+            for (int j = 0; j < STEP; ++j) {
+                turbo_f32_store(out + r*out_stride + d + j*TURBO_F32_LANES, sum[r][j]);
+            }
+        }
+    }
+}
+
+// Calls f with 4 rows at a time, then with what is left: f(first row, its count as a constant).
+template <typename F>
+void by_rows(int n_rows, F && f) {
+    int r = 0;
+    for (; r + 4 <= n_rows; r += 4) {
+        f(r, std::integral_constant<int, 4>());
+    }
+    switch (n_rows - r) {
+        case 3: f(r, std::integral_constant<int, 3>()); break;
+        case 2: f(r, std::integral_constant<int, 2>()); break;
+        case 1: f(r, std::integral_constant<int, 1>()); break;
+    }
+}
+
+// exp(x) for x <= 0, exactly 0 below -87; relative error under 2^-22 (Taylor's polynomial on |r| <= ln(2)/2).
+turbo_f32 exp_negative(turbo_f32 x) {
+    const turbo_f32 n = turbo_f32_round(turbo_f32_mul(x, turbo_f32_set1(1.44269504f)));
+    turbo_f32 r = turbo_f32_fma(n, turbo_f32_set1(-0.693359375f), x); // ln(2) in two parts
+    r = turbo_f32_fma(n, turbo_f32_set1(2.12194440e-4f), r);
+    turbo_f32 y = turbo_f32_set1(1.0f/720);
+    for (float c : { 1.0f/120, 1.0f/24, 1.0f/6, 0.5f, 1.0f, 1.0f }) {
+        y = turbo_f32_fma(y, r, turbo_f32_set1(c));
+    }
+    return turbo_f32_zero_below(turbo_f32_scale2(y, n), x, turbo_f32_set1(-87.0f));
+}
+
+// ---- the operator ----
+
+struct partial { // of a row over a range of keys
+    float   largest = -INFINITY; // score
+    float   total   = 0.0f;      // of exp(score - largest)
+    float * out     = nullptr;   // [head size of V], weighted by exp(score - largest)
+
+    void rescale(float new_largest, int64_t n) {
+        if (largest != new_largest) {
+            const float factor = largest == -INFINITY ? 0.0f : expf(largest - new_largest);
+            total *= factor;
+            for (int64_t i = 0; i < n; ++i) {
+                out[i] *= factor;
+            }
+            largest = new_largest;
+        }
+    }
+};
+
+// One thread's memory; pointers into ggml's work buffer.
+struct scratch {
+    float *   query;       // [ROWS][head size of K], float32 or int8
+    float *   query_scale; // [ROWS][chunks of K]
+    int32_t * query_sum;   // [ROWS][chunks of K]
+    float *   keys;        // [head size of K][KEYS], float32 or int8
+    float *   key_scale;   // [chunks of K][KEYS]
+    float *   rows;        // [KEYS][CHUNK]: keys before they are transposed, later values
+    float *   scores;      // [ROWS][KEYS], then weights
+    float *   out;         // [ROWS][head size of V]
+
+    static size_t floats(int64_t size_k, int64_t size_v) {
+        return size_k*(ROWS + KEYS) + size_k/CHUNK*(2*ROWS + KEYS) + KEYS*CHUNK + ROWS*KEYS + ROWS*size_v + 16;
+    }
+
+    scratch(float * p, int64_t size_k, int64_t size_v) {
+        auto take = [&p](int64_t n) { float * taken = p; p += n; return taken; };
+        query       = take(ROWS*size_k);
+        keys        = take(KEYS*size_k);
+        rows        = take(KEYS*CHUNK);
+        scores      = take(ROWS*KEYS);
+        out         = take(ROWS*size_v);
+        query_scale = take(ROWS*(size_k/CHUNK));
+        query_sum   = (int32_t *) take(ROWS*(size_k/CHUNK));
+        key_scale   = take(KEYS*(size_k/CHUNK));
+    }
+};
+
+struct attention {
+    const ggml_tensor * dst, * q, * k, * v, * mask, * sinks;
+
+    float scale, max_bias, softcap;
+
+    int64_t size_k, size_v;       // head sizes
+    int64_t n_keys, n_queries;
+    int64_t n_heads, n_kv_heads;  // of one stream
+    int64_t group;                // query heads of a KV head
+    int64_t n_rows;               // of one KV head
+    int64_t n_tiles;              // of ROWS rows, of one KV head
+    int64_t n_ranges, range_keys; // of keys
+    int64_t n_streams, stream_group;
+
+    explicit attention(const ggml_tensor * op)
+        : dst(op), q(op->src[0]), k(op->src[1]), v(op->src[2]), mask(op->src[3]), sinks(op->src[4]) {
+        memcpy(&scale,    (const float *) op->op_params + 0, sizeof(float));
+        memcpy(&max_bias, (const float *) op->op_params + 1, sizeof(float));
+        memcpy(&softcap,  (const float *) op->op_params + 2, sizeof(float));
+        size_k = k->ne[0], size_v = v->ne[0];
+        n_keys = k->ne[1], n_queries = q->ne[1];
+        n_heads = q->ne[2], n_kv_heads = k->ne[2];
+        group   = n_heads/n_kv_heads;
+        n_rows  = group*n_queries;
+        n_tiles = (n_rows + ROWS - 1)/ROWS;
+        n_streams = q->ne[3], stream_group = q->ne[3]/k->ne[3];
+
+        const int64_t tiles  = n_streams*n_kv_heads*n_tiles;
+        const int64_t wanted = std::min((SPLIT_TASKS + tiles - 1)/tiles, (n_keys + SPLIT_KEYS - 1)/SPLIT_KEYS);
+        range_keys = ((n_keys + wanted - 1)/wanted + KEYS - 1)/KEYS*KEYS;
+        n_ranges   = (n_keys + range_keys - 1)/range_keys;
+    }
+
+    static bool supports(const ggml_tensor * op) {
+        if (op->op != GGML_OP_FLASH_ATTN_EXT) {
+            return false;
+        }
+        const ggml_tensor * q = op->src[0], * k = op->src[1], * v = op->src[2], * mask = op->src[3];
+        auto decodes = [](const ggml_tensor * t) {
+            return t->ne[0] % CHUNK == 0 && CHUNK % ggml_blck_size(t->type) == 0 && t->nb[0] == ggml_type_size(t->type) &&
+                   (t->type == GGML_TYPE_F32 || ggml_get_type_traits(t->type)->to_float);
+        };
+        return (ggml_is_quantized(k->type) || ggml_is_quantized(v->type)) && decodes(k) && decodes(v) &&
+               q->type == GGML_TYPE_F32 && q->nb[0] == sizeof(float) && k->ne[1] > 0 &&
+               k->ne[2] == v->ne[2] && k->ne[3] == v->ne[3] && (!mask || mask->type == GGML_TYPE_F16);
+    }
+
+    size_t partial_floats() const {
+        return n_ranges == 1 ? 0 : n_streams*n_kv_heads*n_rows*n_ranges*(size_v + 2);
+    }
+
+    size_t work_size(int n_threads) const {
+        return sizeof(float)*(partial_floats() + n_threads*scratch::floats(size_k, size_v));
+    }
+
+    // row of a KV head -> its query and query head; rows of one query are neighbours, so tiles see few distinct masks
+    int64_t query_of(int64_t row) const { return row/group; }
+    int64_t head_of(int64_t kv_head, int64_t row) const { return kv_head*group + row % group; }
+
+    const uint16_t * mask_of(int64_t stream, int64_t kv_head, int64_t row) const {
+        return (const uint16_t *) ((const char *) mask->data + query_of(row)*mask->nb[1]
+            + head_of(kv_head, row) % mask->ne[2]*mask->nb[2] + stream % mask->ne[3]*mask->nb[3]);
+    }
+
+    float slope_of(int64_t head) const { // ALiBi (arXiv 2108.12409)
+        if (max_bias <= 0.0f) {
+            return 1.0f;
+        }
+        const int64_t power = (int64_t) 1 << (int) floorf(log2f((float) n_heads));
+        return head < power ? powf(2.0f, -max_bias/power*(head + 1)) : powf(2.0f, -max_bias/2/power*(2*(head - power) + 1));
+    }
+
+    const char * head(const ggml_tensor * t, int64_t stream, int64_t kv_head, int64_t key) const {
+        return (const char *) t->data + key*t->nb[1] + kv_head*t->nb[2] + stream/stream_group*t->nb[3];
+    }
+
+    // ---- the steps of a task ----
+
+    void load_query(const scratch & s, int r, const float * x) const {
+        if (!turbo_bits(k->type)) {
+            memcpy(s.query + r*size_k, x, size_k*sizeof(float));
+            return;
+        }
+        const int64_t chunks = size_k/CHUNK;
+        for (int64_t c = 0; c < chunks; ++c) {
+            int8_t * quantized = (int8_t *) s.query + r*size_k + c*CHUNK;
+            float largest = 0.0f;
+            for (int i = 0; i < CHUNK; ++i) {
+                largest = std::max(largest, fabsf(x[c*CHUNK + i]));
+            }
+            const float to_int8 = largest > 0.0f ? 127.0f/largest : 0.0f;
+            int32_t sum = 0;
+            for (int i = 0; i < CHUNK; ++i) {
+                quantized[i] = (int8_t) rintf(x[c*CHUNK + i]*to_int8);
+                sum += quantized[i];
+            }
+            s.query_scale[r*chunks + c] = largest/127.0f;
+            s.query_sum[r*chunks + c]   = sum;
+        }
+    }
+
+    bool all_masked(int64_t stream, int64_t kv_head, int64_t row0, int n, int64_t key, int keys) const {
+        const uint16_t * before = nullptr;
+        for (int r = 0; r < n; ++r) {
+            const uint16_t * m = mask_of(stream, kv_head, row0 + r) + key;
+            if (m != before && !std::all_of(m, m + keys, [](uint16_t x) { return x == HALF_MINUS_INFINITY; })) {
+                return false;
+            }
+            before = m;
+        }
+        return true;
+    }
+
+    void load_keys(const scratch & s, int64_t stream, int64_t kv_head, int64_t key0, int keys) const {
+        const int bits = turbo_bits(k->type);
+        for (int64_t c = 0; c < size_k/CHUNK; ++c) {
+            for (int key = 0; key < keys; ++key) {
+                const char * from = head(k, stream, kv_head, key0 + key);
+                if (bits) {
+                    const uint8_t * block = (const uint8_t *) from + c*TURBO_BLOCK_BYTES(bits);
+                    turbo_store_keys(entries_of(bits, block), (int8_t *) s.rows + key*CHUNK);
+                    s.key_scale[c*KEYS + key] = turbo_stored_scale(bits, block);
+                } else {
+                    decode_chunk(k, from, c, s.rows + key*CHUNK);
+                }
+            }
+            const int words = bits ? CHUNK/4 : CHUNK; // of 4 bytes, for each key
+            transpose_tile((const int32_t *) s.rows, words, (int32_t *) s.keys + c*words*KEYS);
+        }
+    }
+
+    void score(const scratch & s, int n) const {
+        const int chunks = size_k/CHUNK;
+        by_rows(n, [&](int r, auto count) {
+            if (turbo_bits(k->type)) {
+                score_int8<count>((const int32_t *) s.query + r*size_k/4, s.query_scale + r*chunks, s.query_sum + r*chunks,
+                                  (const int32_t *) s.keys, s.key_scale, chunks, s.scores + r*KEYS);
+            } else {
+                score_f32<count>(s.query + r*size_k, s.keys, size_k, s.scores + r*KEYS);
+            }
+        });
+    }
+
+    // Scores of a row become weights; row_mask has KEYS entries.
+    void softmax(float * scores, const uint16_t * row_mask, float slope, partial & row) const {
+        turbo_f32 largest = turbo_f32_set1(-INFINITY);
+        if (softcap != 0.0f) {
+            for (int key = 0; key < KEYS; ++key) {
+                scores[key] = softcap*tanhf(scores[key]*(scale/softcap));
+            }
+        }
+        const turbo_f32 factor = turbo_f32_set1(softcap != 0.0f ? 1.0f : scale), slopes = turbo_f32_set1(slope);
+        for (int key = 0; key < KEYS; key += TURBO_F32_LANES) {
+            const turbo_f32 bias = turbo_f32_mul(slopes, turbo_f32_from_half(row_mask + key));
+            const turbo_f32 x    = turbo_f32_fma(factor, turbo_f32_load(scores + key), bias);
+            turbo_f32_store(scores + key, x);
+            largest = turbo_f32_max(largest, x);
+        }
+        row.rescale(std::max(row.largest, turbo_f32_largest(largest)), size_v);
+        // a row that has seen no key yet: every weight is 0
+        const turbo_f32 offset = turbo_f32_set1(row.largest == -INFINITY ? 0.0f : -row.largest);
+        turbo_f32 total = turbo_f32_set1(0.0f);
+        for (int key = 0; key < KEYS; key += TURBO_F32_LANES) {
+            const turbo_f32 w = exp_negative(turbo_f32_add(turbo_f32_load(scores + key), offset));
+            turbo_f32_store(scores + key, w);
+            total = turbo_f32_add(total, w);
+        }
+        row.total += turbo_f32_total(total);
+    }
+
+    void add(const scratch & s, int64_t stream, int64_t kv_head, int64_t key0, int keys, int n) const {
+        for (int64_t c = 0; c < size_v/CHUNK; ++c) {
+            for (int key = 0; key < keys; ++key) {
+                decode_chunk(v, head(v, stream, kv_head, key0 + key), c, s.rows + key*CHUNK);
+            }
+            by_rows(n, [&](int r, auto count) {
+                add_values<count>(s.scores + r*KEYS, s.rows, keys, s.out + r*size_v + c*CHUNK, size_v);
+            });
+        }
+    }
+
+    // The attention sink joins last, as one more key without a value.
+    void finish(int64_t stream, int64_t kv_head, int64_t row, partial & p) const {
+        const int64_t h = head_of(kv_head, row);
+        if (sinks) {
+            const float sink = ((const float *) sinks->data)[h];
+            p.rescale(std::max(p.largest, sink), size_v);
+            p.total += expf(sink - p.largest);
+        }
+        const float inverse = p.total == 0.0f ? 0.0f : 1.0f/p.total;
+        float * to = (float *) ((char *) dst->data + h*dst->nb[1] + query_of(row)*dst->nb[2] + stream*dst->nb[3]);
+        for (int64_t i = 0; i < size_v; ++i) {
+            to[i] = p.out[i]*inverse;
+        }
+    }
+
+    float * partial_of(float * work, int64_t stream, int64_t kv_head, int64_t row, int64_t range) const {
+        return work + (((stream*n_kv_heads + kv_head)*n_rows + row)*n_ranges + range)*(size_v + 2);
+    }
+
+    void run_task(int64_t task, const scratch & s, float * work) const {
+        const int64_t range   = task % n_ranges;
+        const int64_t row0    = task/n_ranges % n_tiles*ROWS;
+        const int64_t kv_head = task/n_ranges/n_tiles % n_kv_heads;
+        const int64_t stream  = task/n_ranges/n_tiles/n_kv_heads;
+        const int     n       = (int) std::min<int64_t>(ROWS, n_rows - row0);
+
+        partial rows[ROWS];
+        float   slopes[ROWS];
+        for (int r = 0; r < n; ++r) {
+            const int64_t h = head_of(kv_head, row0 + r);
+            load_query(s, r, (const float *) ((const char *) q->data
+                + query_of(row0 + r)*q->nb[1] + h*q->nb[2] + stream*q->nb[3]));
+            rows[r].out = s.out + r*size_v;
+            slopes[r]   = slope_of(h);
+        }
+        std::fill_n(s.out, n*size_v, 0.0f);
+
+        const int64_t end = std::min(n_keys, (range + 1)*range_keys);
+        for (int64_t key0 = range*range_keys; key0 < end; key0 += KEYS) {
+            const int keys = (int) std::min<int64_t>(KEYS, end - key0);
+            if (mask && all_masked(stream, kv_head, row0, n, key0, keys)) {
+                continue;
+            }
+            load_keys(s, stream, kv_head, key0, keys);
+            score(s, n);
+            for (int r = 0; r < n; ++r) {
+                uint16_t padded[KEYS];
+                const uint16_t * row_mask = mask ? mask_of(stream, kv_head, row0 + r) + key0 : nullptr;
+                if (!row_mask || keys < KEYS) { // no mask is a mask of zeros; keys past the end are masked
+                    for (int key = 0; key < KEYS; ++key) {
+                        padded[key] = key >= keys ? HALF_MINUS_INFINITY : row_mask ? row_mask[key] : 0;
+                    }
+                    row_mask = padded;
+                }
+                softmax(s.scores + r*KEYS, row_mask, slopes[r], rows[r]);
+            }
+            add(s, stream, kv_head, key0, keys, n);
+        }
+
+        for (int r = 0; r < n; ++r) {
+            if (n_ranges == 1) {
+                finish(stream, kv_head, row0 + r, rows[r]);
+            } else {
+                float * to = partial_of(work, stream, kv_head, row0 + r, range);
+                to[0] = rows[r].largest;
+                to[1] = rows[r].total;
+                memcpy(to + 2, rows[r].out, size_v*sizeof(float));
+            }
+        }
+    }
+
+    void merge(int64_t index, float * work) const {
+        const int64_t row = index % n_rows, kv_head = index/n_rows % n_kv_heads, stream = index/n_rows/n_kv_heads;
+        auto load = [&](int64_t range) {
+            float * from = partial_of(work, stream, kv_head, row, range);
+            partial p;
+            p.largest = from[0], p.total = from[1], p.out = from + 2;
+            return p;
+        };
+        partial sum = load(0);
+        for (int64_t range = 1; range < n_ranges; ++range) {
+            partial p = load(range);
+            const float largest = std::max(sum.largest, p.largest);
+            sum.rescale(largest, size_v);
+            p.rescale(largest, size_v);
+            sum.total += p.total;
+            for (int64_t i = 0; i < size_v; ++i) {
+                sum.out[i] += p.out[i];
+            }
+        }
+        finish(stream, kv_head, row, sum);
+    }
+
+    void run(const ggml_compute_params * params) const {
+        float * work = (float *) params->wdata;
+        const scratch s(work + partial_floats() + params->ith*scratch::floats(size_k, size_v), size_k, size_v);
+
+        if (params->ith == 0) {
+            ggml_threadpool_chunk_set(params->threadpool, params->nth);
+        }
+        ggml_barrier(params->threadpool);
+        const int64_t n_tasks = n_streams*n_kv_heads*n_tiles*n_ranges;
+        for (int64_t task = params->ith; task < n_tasks; task = ggml_threadpool_chunk_add(params->threadpool, 1)) {
+            run_task(task, s, work);
+        }
+        if (n_ranges > 1) {
+            ggml_barrier(params->threadpool);
+            for (int64_t i = params->ith; i < n_streams*n_kv_heads*n_rows; i += params->nth) {
+                merge(i, work);
+            }
+        }
+    }
+};
+
+// ---- ggml's side ----
+
+struct attention_traits : ggml::cpu::tensor_traits {
+    bool work_size(int n_threads, const ggml_tensor * op, size_t & size) override {
+        size = attention(op).work_size(n_threads);
+        return true;
+    }
+
+    bool compute_forward(ggml_compute_params * params, ggml_tensor * op) override {
+        if (params->use_ref) { // the stock operator, which needs less memory than work_size says
+            return false;
+        }
+        attention(op).run(params);
+        return true;
+    }
+};
+
+struct attention_buffer_type : ggml::cpu::extra_buffer_type {
+    attention_traits traits;
+
+    bool supports_op(ggml_backend_dev_t, const ggml_tensor *) override {
+        return false; // asked for tensors in this buffer type, of which there are none
+    }
+
+    ggml::cpu::tensor_traits * get_tensor_traits(const ggml_tensor * op) override {
+        return attention::supports(op) ? &traits : nullptr;
+    }
+};
+
+}  // namespace
+
+ggml_backend_buffer_type_t ggml_backend_cpu_turbo_attention_buffer_type(void) {
+    static attention_buffer_type claims;
+    static ggml_backend_buffer_type type = {
+        /* .iface = */ {
+            /* .get_name       = */ [](ggml_backend_buffer_type_t) { return "CPU_TURBO_ATTENTION"; },
+            /* .alloc_buffer   = */ [](ggml_backend_buffer_type_t, size_t) -> ggml_backend_buffer_t { return nullptr; },
+            /* .get_alignment  = */ [](ggml_backend_buffer_type_t) -> size_t { return 64; },
+            /* .get_max_size   = */ nullptr,
+            /* .get_alloc_size = */ nullptr,
+            /* .is_host        = */ nullptr,
+        },
+        /* .device  = */ ggml_backend_reg_dev_get(ggml_backend_cpu_reg(), 0),
+        /* .context = */ &claims,
+    };
+    return &type;
+}
+
+#else
+
+ggml_backend_buffer_type_t ggml_backend_cpu_turbo_attention_buffer_type(void) {
+    return nullptr;
+}
+
+#endif

@@ -1,0 +1,170 @@
+"""`turboquant-gguf bench`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.markup import escape
+
+from .. import bench as library
+from .. import benchplot
+
+EPILOG = """\b
+Examples:
+  turboquant-gguf bench
+  turboquant-gguf bench my.gguf --types turbo4,turbo4:turbo3 --depths 0,8192
+  turboquant-gguf bench my.gguf --prefill 0 --repetitions 7 --plot speed.png
+  turboquant-gguf bench my.gguf --baseline ~/llama.cpp/build/bin
+  turboquant-gguf bench my.gguf --json - > speed.json
+"""
+NOTE = (
+    "Times f16: the median over the rounds of the ratio to f16 in the same round. Cache GB/s: keys and values read "
+    "while decoding, if each token reads its whole context once."
+)
+
+
+def _depths(_context: click.Context, _parameter: click.Parameter, text: str) -> list[int]:
+    words = text.split(",")
+    for word in words:
+        if not word.strip().isdecimal():
+            raise click.BadParameter(f"{word!r} is not a number of tokens. Write them like 0,4096.")
+    return [int(word) for word in words]
+
+
+def _output(_context: click.Context, _parameter: click.Parameter, path: Path | None) -> Path | None:
+    # Found out now, not after an hour of measuring.
+    if path and not path.absolute().parent.is_dir():
+        raise click.BadParameter(f"There is no folder {path.parent}.")
+    return path
+
+
+def _plot(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
+    if path and path.suffix.lower() not in benchplot.FORMATS:
+        raise click.BadParameter(f"{path.name!r} does not end in {', '.join(benchplot.FORMATS)}.")
+    return _output(context, parameter, path)
+
+
+FILE = click.Path(path_type=Path, dir_okay=False, writable=True, allow_dash=True)
+
+
+@click.command(epilog=EPILOG, short_help="Measure the speed of cache types against f16.")
+@click.argument("model", type=click.Path(path_type=Path), required=False)
+@click.option(
+    "--types",
+    default=",".join(library.DEFAULT_TYPES),
+    show_default=", ".join(library.DEFAULT_TYPES),  # with blanks, where lines may break
+    help="Cache types, separated by commas; K:V sets keys and values apart. f16 is always measured.",
+)
+@click.option(
+    "--depths",
+    default=",".join(map(str, library.DEFAULT_DEPTHS)),
+    show_default=True,
+    callback=_depths,
+    help="Tokens already in the cache, separated by commas.",
+)
+@click.option(
+    "--prefill",
+    type=click.IntRange(min=0),
+    default=512,
+    show_default=True,
+    help="Prompt tokens to measure; 0 leaves it out.",
+)
+@click.option(
+    "--decode",
+    type=click.IntRange(min=0),
+    default=32,
+    show_default=True,
+    help="Tokens to generate one by one; 0 leaves it out.",
+)
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads [default: llama-bench's choice]")
+@click.option(
+    "--repetitions",
+    type=click.IntRange(min=1),
+    default=3,
+    show_default=True,
+    help="Rounds; each measures everything once.",
+)
+@click.option(
+    "--baseline",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Take f16 from the llama-bench in FOLDER, such as a stock llama.cpp's.",
+)
+@click.option(
+    "--json",
+    "json_file",
+    type=FILE,
+    metavar="FILE",
+    callback=_output,
+    help="Write all of it, every sample and the machine, as JSON; - is stdout.",
+)
+@click.option(
+    "--plot",
+    "plot_file",
+    type=FILE,
+    metavar="FILE",
+    callback=_plot,
+    help="Draw speed against depth, as .png, .svg or .pdf; needs matplotlib.",
+)
+@click.pass_context
+def bench(
+    context: click.Context,
+    model: Path | None,
+    types: str,
+    depths: list[int],
+    prefill: int,
+    decode: int,
+    threads: int | None,
+    repetitions: int,
+    baseline: Path | None,
+    json_file: Path | None,
+    plot_file: Path | None,
+) -> None:
+    """Measure how fast MODEL runs with several KV-cache types, as multiples of f16.
+
+    MODEL is a GGUF file; without it, SmolLM2-135M-Instruct (93 MB) is fetched once. llama-bench measures every type
+    at every depth once in each round, and a type is compared with the f16 of its own round, so a machine that
+    slows down meanwhile does not favour any. Leave the machine alone while it runs. Ctrl-C stops and shows what
+    was measured so far.
+    """
+    if not prefill and not decode:
+        raise click.UsageError("--prefill and --decode are both 0, so there is nothing to measure.")
+    if plot_file:
+        benchplot.check()
+    to_stdout = json_file == Path("-")
+    console = Console(stderr=to_stdout)
+    report = library.bench(
+        model=model,
+        types=types.split(","),
+        depths=depths,
+        prefill=prefill,
+        decode=decode,
+        threads=threads,
+        repetitions=repetitions,
+        baseline=baseline,
+        console=console,
+    )
+    _show(report, console)
+    if json_file:
+        with click.open_file(str(json_file), "w", encoding="utf-8") as file:
+            file.write(json.dumps(library.as_json(report), indent=2) + "\n")
+    if plot_file and report.results:
+        benchplot.write(report, plot_file)
+    if report.interrupted:
+        raise click.Abort
+    context.exit(1 if report.failures else 0)
+
+
+def _show(report: library.Report, console: Console) -> None:
+    if report.results:
+        console.print(f"[bold]{escape(library.heading(report))}[/]", highlight=False)
+        console.print(library.table(report))
+        console.print(f"[dim]{NOTE}[/]", highlight=False)
+    errors = Console(stderr=True, highlight=False)
+    for failure in report.failures:
+        errors.print(f"[bold red]Error:[/] {failure.name} at depth {failure.depth}: {escape(failure.message)}")
+        if failure.details:
+            errors.print(f"[dim]{escape(failure.details)}[/]")
