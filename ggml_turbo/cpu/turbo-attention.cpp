@@ -41,21 +41,42 @@ int turbo_bits(ggml_type type) {
 
 // ---- decoding ----
 
-turbo_i8x64 entries_of(int bits, const uint8_t * block) {
-    const turbo_codec * codec = turbo_get_codec(bits);
-    return bits == 2 ? turbo_entries(codec, 2, block) : bits == 3 ? turbo_entries(codec, 3, block) : turbo_entries(codec, 4, block);
+// Calls f with the bits of a turbo type as a constant, 0 for any other type.
+template <typename F>
+void by_bits(ggml_type type, F && f) {
+    switch (turbo_bits(type)) {
+        case 2:  f(std::integral_constant<int, 2>()); break;
+        case 3:  f(std::integral_constant<int, 3>()); break;
+        case 4:  f(std::integral_constant<int, 4>()); break;
+        default: f(std::integral_constant<int, 0>()); break;
+    }
 }
 
-// The head's values from `chunk`*64 on as floats.
-void decode_chunk(const ggml_tensor * t, const char * head, int64_t chunk, float * y) {
-    const char * from = head + chunk*CHUNK/ggml_blck_size(t->type)*ggml_type_size(t->type);
-    if (const int bits = turbo_bits(t->type)) {
+// 64 values of `keys` keys, stride bytes apart, as floats [key][CHUNK].
+template <int BITS>
+void decode_f32(ggml_type type, const char * from, size_t stride, int keys, float * to) {
+    [[maybe_unused]] const turbo_codec * codec = turbo_get_codec(BITS);
+    [[maybe_unused]] const auto to_float = ggml_get_type_traits(type)->to_float;
+    for (int key = 0; key < keys; ++key, from += stride, to += CHUNK) {
+        if constexpr (BITS != 0) {
+            const uint8_t * block = (const uint8_t *) from;
+            turbo_store_scaled(turbo_entries(codec, BITS, block), turbo_stored_scale(BITS, block), to);
+        } else if (to_float) {
+            to_float(from, to, CHUNK);
+        } else {
+            memcpy(to, from, CHUNK*sizeof(float));
+        }
+    }
+}
+
+// The same as bytes, [key][CHUNK], and their scales.
+template <int BITS>
+void decode_int8(const char * from, size_t stride, int keys, int8_t * to, float * scales) {
+    const turbo_codec * codec = turbo_get_codec(BITS);
+    for (int key = 0; key < keys; ++key, from += stride) {
         const uint8_t * block = (const uint8_t *) from;
-        turbo_store_scaled(entries_of(bits, block), turbo_stored_scale(bits, block), y);
-    } else if (t->type == GGML_TYPE_F32) {
-        memcpy(y, from, CHUNK*sizeof(float));
-    } else {
-        ggml_get_type_traits(t->type)->to_float(from, y, CHUNK);
+        turbo_store_keys(turbo_entries(codec, BITS, block), to + key*CHUNK);
+        scales[key] = turbo_stored_scale(BITS, block);
     }
 }
 
@@ -315,8 +336,10 @@ struct attention {
         return head < power ? powf(2.0f, -max_bias/power*(head + 1)) : powf(2.0f, -max_bias/2/power*(2*(head - power) + 1));
     }
 
-    const char * head(const ggml_tensor * t, int64_t stream, int64_t kv_head, int64_t key) const {
-        return (const char *) t->data + key*t->nb[1] + kv_head*t->nb[2] + stream/stream_group*t->nb[3];
+    // the values from c*64 on of a key's head
+    const char * chunk(const ggml_tensor * t, int64_t stream, int64_t kv_head, int64_t key, int64_t c) const {
+        return (const char *) t->data + key*t->nb[1] + kv_head*t->nb[2] + stream/stream_group*t->nb[3]
+            + c*CHUNK/ggml_blck_size(t->type)*ggml_type_size(t->type);
     }
 
     // ---- the steps of a task ----
@@ -357,20 +380,17 @@ struct attention {
     }
 
     void load_keys(const scratch & s, int64_t stream, int64_t kv_head, int64_t key0, int keys) const {
-        const int bits = turbo_bits(k->type);
         for (int64_t c = 0; c < size_k/CHUNK; ++c) {
-            for (int key = 0; key < keys; ++key) {
-                const char * from = head(k, stream, kv_head, key0 + key);
-                if (bits) {
-                    const uint8_t * block = (const uint8_t *) from + c*TURBO_BLOCK_BYTES(bits);
-                    turbo_store_keys(entries_of(bits, block), (int8_t *) s.rows + key*CHUNK);
-                    s.key_scale[c*KEYS + key] = turbo_stored_scale(bits, block);
+            const char * from = chunk(k, stream, kv_head, key0, c);
+            by_bits(k->type, [&](auto bits) {
+                if constexpr (bits != 0) {
+                    decode_int8<bits>(from, k->nb[1], keys, (int8_t *) s.rows, s.key_scale + c*KEYS);
                 } else {
-                    decode_chunk(k, from, c, s.rows + key*CHUNK);
+                    decode_f32<0>(k->type, from, k->nb[1], keys, s.rows);
                 }
-            }
-            const int words = bits ? CHUNK/4 : CHUNK; // of 4 bytes, for each key
-            transpose_tile((const int32_t *) s.rows, words, (int32_t *) s.keys + c*words*KEYS);
+                const int words = bits != 0 ? CHUNK/4 : CHUNK; // of 4 bytes, for each key
+                transpose_tile((const int32_t *) s.rows, words, (int32_t *) s.keys + c*words*KEYS);
+            });
         }
     }
 
@@ -415,9 +435,8 @@ struct attention {
 
     void add(const scratch & s, int64_t stream, int64_t kv_head, int64_t key0, int keys, int n) const {
         for (int64_t c = 0; c < size_v/CHUNK; ++c) {
-            for (int key = 0; key < keys; ++key) {
-                decode_chunk(v, head(v, stream, kv_head, key0 + key), c, s.rows + key*CHUNK);
-            }
+            const char * from = chunk(v, stream, kv_head, key0, c);
+            by_bits(v->type, [&](auto bits) { decode_f32<bits>(v->type, from, v->nb[1], keys, s.rows); });
             by_rows(n, [&](int r, auto count) {
                 add_values<count>(s.scores + r*KEYS, s.rows, keys, s.out + r*size_v + c*CHUNK, size_v);
             });

@@ -116,7 +116,7 @@ typedef __m512  turbo_f32;
 typedef __m512i turbo_i32;
 
 #define TURBO_F32_LANES   16
-#define TURBO_SCORE_KEYS  4 // vectors of keys and of values that a step keeps in registers, for each of 4 queries
+#define TURBO_SCORE_KEYS  2 // vectors of keys and of values that a step keeps in registers, for each of 4 queries
 #define TURBO_VALUE_STEP  4
 #ifdef __AVX512VNNI__
 #define TURBO_KEY_BIAS    128 // the dot product wants one factor unsigned

