@@ -40,9 +40,11 @@ static inline uint16_t turbo_path_cost(uint16_t best, int16_t target, int8_t ent
     return (uint16_t) (cost > UINT16_MAX ? UINT16_MAX : cost);
 }
 
-static uint32_t turbo_search(const turbo_codec * codec, const int16_t * target, turbo_paths * paths) {
+static void turbo_search_one(const turbo_codec * codec, turbo_candidate * candidate) {
+    const int16_t * target = candidate->target;
+    turbo_paths   * paths  = &candidate->paths;
     const int n_shared = 1 << (8 - codec->bits), n_codes = 1 << codec->bits;
-    uint32_t total = 0;
+    candidate->cost = 0;
     memset(paths->best[0], 0, sizeof(paths->best[0])); // every start is free
     for (int i = 0; i < QK_TURBO; ++i) {
         uint16_t cost[TURBO_STATES];
@@ -65,32 +67,40 @@ static uint32_t turbo_search(const turbo_codec * codec, const int16_t * target, 
             for (int u = 0; u < n_shared; ++u) {
                 next[u] -= smallest;
             }
-            total += smallest;
+            candidate->cost += smallest;
         }
     }
-    return total;
 }
 
-static void turbo_traceback(const turbo_codec * codec, const int16_t * target, const turbo_paths * paths,
-                            uint8_t * states) {
+static void turbo_search(const turbo_codec * codec, turbo_candidate * candidates) {
+    turbo_search_one(codec, &candidates[0]);
+    turbo_search_one(codec, &candidates[1]);
+}
+
+static void turbo_traceback(const turbo_codec * codec, int n, const turbo_candidate * const * candidates,
+                            uint8_t states[][QK_TURBO]) {
     const int n_shared = 1 << (8 - codec->bits), n_codes = 1 << codec->bits;
-    int first = 0, end = TURBO_STATES; // candidates for states[i]
-    for (int i = QK_TURBO - 1; i >= 0; --i) {
-        int smallest = UINT16_MAX + 1;
-        for (int s = first; s < end; ++s) {
-            const int cost = turbo_path_cost(paths->best[i][s % n_shared], target[i], codec->codebook[s]);
-            if (cost < smallest) {
-                smallest  = cost;
-                states[i] = (uint8_t) s;
+    for (int j = 0; j < n; ++j) {
+        const int16_t * target = candidates[j]->target;
+        int first = 0, end = TURBO_STATES; // what states[j][i] can be
+        for (int i = QK_TURBO - 1; i >= 0; --i) {
+            const uint16_t * best = candidates[j]->paths.best[i];
+            int smallest = UINT16_MAX + 1;
+            for (int s = first; s < end; ++s) {
+                const int cost = turbo_path_cost(best[s % n_shared], target[i], codec->codebook[s]);
+                if (cost < smallest) {
+                    smallest     = cost;
+                    states[j][i] = (uint8_t) s;
+                }
             }
+            first = states[j][i] % n_shared * n_codes;
+            end   = first + n_codes;
         }
-        first = states[i] % n_shared * n_codes;
-        end   = first + n_codes;
     }
 }
 
 void turbo_quantize_block(const turbo_codec * codec, const float * x, uint8_t * block) {
-    turbo_encode_block(codec, x, block, turbo_search, turbo_traceback);
+    turbo_encode_blocks(codec, 1, x, block, turbo_search, turbo_traceback);
 }
 
 // ---- rows ----

@@ -18,12 +18,22 @@ typedef struct {
     uint16_t past_the_end[16];
 } turbo_paths;
 
-// Fills paths and returns the total cost of the best path.
-typedef uint32_t (*turbo_search_t)(const turbo_codec * codec, const int16_t * target, turbo_paths * paths);
+// What a search works on: one candidate for the scale of one block.
+typedef struct {
+    int         scale_code;
+    int16_t     target[QK_TURBO]; // the values in codebook units, 8 fractional bits
+    turbo_paths paths;
+    uint32_t    cost;             // of the best path
+} turbo_candidate;
 
-// The states of the best path; ties go to the smaller state.
-typedef void (*turbo_traceback_t)(const turbo_codec * codec, const int16_t * target, const turbo_paths * paths,
-                                  uint8_t * states);
+// Searches have to wait for their own last step, so two go side by side; so do two tracebacks, of different blocks.
+
+// Fills paths and cost of both candidates from their targets.
+typedef void (*turbo_search_t)(const turbo_codec * codec, turbo_candidate * candidates);
+
+// The states of the best paths of n candidates, 1 or 2; ties go to the smaller state.
+typedef void (*turbo_traceback_t)(const turbo_codec * codec, int n, const turbo_candidate * const * candidates,
+                                  uint8_t states[][QK_TURBO]);
 
 // Costs are 16 bits wide and saturate; after this many values the smallest is taken off all.
 #define TURBO_RENORMALIZE 16
@@ -137,35 +147,52 @@ static inline void turbo_pack(int bits, int scale_code, const uint8_t * states, 
 
 // ---- the whole of it ----
 
-static inline void turbo_encode_block(const turbo_codec * codec, const float * x, uint8_t * block,
-                                      turbo_search_t search, turbo_traceback_t traceback) {
+// Chooses two candidates for the scale, searches both and returns the better one; NULL for a block of zeros.
+static inline const turbo_candidate * turbo_best_candidate(const turbo_codec * codec, const float * x,
+                                                           turbo_candidate * candidates, turbo_search_t search) {
     static const float around_guess[2] = { 0.94f, 1.06f };
 
-    const int   bits = codec->bits;
-    float       clean[QK_TURBO];
-    int16_t     target[2][QK_TURBO];
-    turbo_paths paths[2];
-    int         code[2];
-    float       error[2];
-
+    float       clean[QK_TURBO], scale[2];
     const float max_abs = turbo_sanitize(x, clean);
     const float by_rms  = turbo_rms(clean)*codec->rms_to_scale;
     const float by_max  = max_abs*codec->max_to_scale;
     const float guess   = by_rms > by_max ? by_rms : by_max;
-
     for (int j = 0; j < 2; ++j) {
-        code[j] = turbo_scale_code(bits, guess*around_guess[j]);
-        if (code[j] == 0) {
-            memset(block, 0, TURBO_BLOCK_BYTES(bits));
-            return;
+        candidates[j].scale_code = turbo_scale_code(codec->bits, guess*around_guess[j]);
+        if (candidates[j].scale_code == 0) {
+            return NULL;
         }
-        const float scale = turbo_scale_value(bits, code[j]);
-        turbo_targets(clean, scale, target[j]);
-        error[j] = (float) search(codec, target[j], &paths[j])*(scale*scale);
+        scale[j] = turbo_scale_value(codec->bits, candidates[j].scale_code);
+        turbo_targets(clean, scale[j], candidates[j].target);
     }
-    const int best = error[1] < error[0];
+    search(codec, candidates);
+    const float error0 = (float) candidates[0].cost*(scale[0]*scale[0]);
+    const float error1 = (float) candidates[1].cost*(scale[1]*scale[1]);
+    return &candidates[error1 < error0];
+}
 
-    uint8_t states[QK_TURBO];
-    traceback(codec, target[best], &paths[best], states);
-    turbo_pack(bits, turbo_fit_scale(codec, target[best], states, code[best]), states, block);
+// 1 or 2 blocks.
+static inline void turbo_encode_blocks(const turbo_codec * codec, int n_blocks, const float * x, uint8_t * blocks,
+                                       turbo_search_t search, turbo_traceback_t traceback) {
+    const int               size = TURBO_BLOCK_BYTES(codec->bits);
+    turbo_candidate         candidates[2][2];
+    const turbo_candidate * best[2];
+    uint8_t *               block[2];
+    uint8_t                 states[2][QK_TURBO];
+
+    int n = 0; // blocks that are not all zeros
+    for (int i = 0; i < n_blocks; ++i) {
+        block[n] = blocks + i*size;
+        best[n]  = turbo_best_candidate(codec, x + i*QK_TURBO, candidates[n], search);
+        if (best[n]) {
+            ++n;
+        } else {
+            memset(block[n], 0, size);
+        }
+    }
+    traceback(codec, n, best, states);
+    for (int i = 0; i < n; ++i) {
+        const int scale_code = turbo_fit_scale(codec, best[i]->target, states[i], best[i]->scale_code);
+        turbo_pack(codec->bits, scale_code, states[i], block[i]);
+    }
 }

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import httpx
@@ -197,3 +198,23 @@ def test_values_without_flash_attention_are_refused(tmp_path: Path):
     flags = ("--cache-type-v", "turbo4", "--flash-attn", "off")
     output = run("llama-perplexity", "--model", model, "--file", text, "--ctx-size", 128, *flags, ok=False)
     assert "flash" in output.lower()
+
+
+# ---- Python ----
+
+
+def test_llama_cpp_python_uses_our_library(tmp_path: Path):
+    """The bindings load the libllama of this package, and a model runs on a turbo cache through them."""
+    pytest.importorskip("llama_cpp", reason="needs the extra `python`")
+    script = """
+import sys, turboquant_gguf, llama_cpp
+from turboquant_gguf import native
+assert str(native.library_dir()) in llama_cpp.llama_cpp._lib._name, llama_cpp.llama_cpp._lib._name
+number = {kind.name: kind.ggml_type for kind in turboquant_gguf.types()}
+model = llama_cpp.Llama(sys.argv[1], n_ctx=256, type_k=number["turbo4"], type_v=number["turbo3"], flash_attn=True)
+print(len(model.create_completion("hello", max_tokens=8, temperature=0)["choices"][0]["text"]) > 0)
+"""
+    model = tiny_model.write(tmp_path / "tiny.gguf")
+    done = subprocess.run([sys.executable, "-c", script, model], capture_output=True, text=True, timeout=300)
+    assert done.stdout.strip().endswith("True"), done.stderr[-4000:]
+    assert re.search(r"K \(turbo4\).*V \(turbo3\)", done.stderr), done.stderr[-4000:]

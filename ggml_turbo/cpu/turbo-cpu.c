@@ -43,93 +43,109 @@ const char * turbo_cpu_simd(void) {
 
 #define TURBO_VECTORS (TURBO_STATES/TURBO_LANES)
 
-// As the reference's turbo_search; bits is a constant where this is inlined.
-TURBO_INLINE uint32_t turbo_search_bits(int bits, const turbo_codec * codec, const int16_t * target, turbo_paths * paths) {
-    const int n_shared = 1 << (8 - bits);
-    const int n_best   = n_shared > TURBO_LANES ? n_shared/TURBO_LANES : 1; // vectors of a row of paths->best
+// One value further: best, the costs by shared bits, and what renormalizing takes off them.
+TURBO_INLINE uint16_t turbo_step(int bits, const turbo_u16 * entries, int16_t target, int renormalize, turbo_u16 * best) {
+    const int n_best = (1 << (8 - bits)) > TURBO_LANES ? (1 << (8 - bits))/TURBO_LANES : 1;
+    const turbo_u16 x = turbo_u16_set1((uint16_t) target);
+    turbo_u16 spread[TURBO_VECTORS];
+    turbo_u16_spread(bits, best, spread);
+    for (int v = 0; v < n_best; ++v) {
+        best[v] = turbo_u16_set1(UINT16_MAX);
+    }
+    for (int v = 0; v < TURBO_VECTORS; ++v) {
+        const turbo_u16 cost = turbo_u16_add_sat(spread[v], turbo_u16_step_cost(x, entries[v]));
+        best[v % n_best] = turbo_u16_min(best[v % n_best], cost);
+    }
+#if TURBO_LANES > 16
+    if ((1 << (8 - bits)) < TURBO_LANES) {
+        best[0] = turbo_u16_fold(best[0]);
+    }
+#endif
+    if (!renormalize) {
+        return 0;
+    }
+    turbo_u16 smallest = best[0];
+    for (int v = 1; v < n_best; ++v) {
+        smallest = turbo_u16_min(smallest, best[v]);
+    }
+    const uint16_t removed = turbo_u16_smallest(smallest);
+    for (int v = 0; v < n_best; ++v) {
+        best[v] = turbo_u16_sub(best[v], turbo_u16_set1(removed));
+    }
+    return removed;
+}
 
-    turbo_u16 entries[TURBO_VECTORS], spread[TURBO_VECTORS], best[64/TURBO_LANES + 1];
+// As the reference's turbo_search; bits is a constant where this is inlined.
+TURBO_INLINE void turbo_search_bits(int bits, const turbo_codec * codec, turbo_candidate * candidates) {
+    const int n_best = (1 << (8 - bits)) > TURBO_LANES ? (1 << (8 - bits))/TURBO_LANES : 1; // vectors of a row of best
+
+    turbo_u16 entries[TURBO_VECTORS], best[2][64/TURBO_LANES];
     for (int v = 0; v < TURBO_VECTORS; ++v) {
         entries[v] = turbo_u16_entries(codec->by_low + v*TURBO_LANES);
     }
-    for (int v = 0; v < n_best; ++v) {
-        best[v] = turbo_u16_set1(0);
-        turbo_u16_store(paths->best[0] + v*TURBO_LANES, best[v]);
+    for (int j = 0; j < 2; ++j) {
+        candidates[j].cost = 0;
+        for (int v = 0; v < n_best; ++v) {
+            best[j][v] = turbo_u16_set1(0);
+            turbo_u16_store(candidates[j].paths.best[0] + v*TURBO_LANES, best[j][v]);
+        }
     }
-    uint32_t total = 0;
     for (int i = 0; i < QK_TURBO; ++i) {
-        const turbo_u16 x = turbo_u16_set1((uint16_t) target[i]);
-        turbo_u16_spread(bits, best, spread);
-        for (int v = 0; v < n_best; ++v) {
-            best[v] = turbo_u16_set1(UINT16_MAX);
-        }
-        for (int v = 0; v < TURBO_VECTORS; ++v) {
-            const turbo_u16 cost = turbo_u16_add_sat(spread[v], turbo_u16_step_cost(x, entries[v]));
-            best[v % n_best] = turbo_u16_min(best[v % n_best], cost);
-        }
-#if TURBO_LANES > 16
-        if (n_shared < TURBO_LANES) {
-            best[0] = turbo_u16_fold(best[0]);
-        }
-#endif
-        if ((i + 1) % TURBO_RENORMALIZE == 0) {
-            turbo_u16 smallest = best[0];
-            for (int v = 1; v < n_best; ++v) {
-                smallest = turbo_u16_min(smallest, best[v]);
-            }
-            const uint16_t removed = turbo_u16_smallest(smallest);
+        const int renormalize = (i + 1) % TURBO_RENORMALIZE == 0;
+        for (int j = 0; j < 2; ++j) {
+            candidates[j].cost += turbo_step(bits, entries, candidates[j].target[i], renormalize, best[j]);
             for (int v = 0; v < n_best; ++v) {
-                best[v] = turbo_u16_sub(best[v], turbo_u16_set1(removed));
+                turbo_u16_store(candidates[j].paths.best[i + 1] + v*TURBO_LANES, best[j][v]);
             }
-            total += removed;
-        }
-        for (int v = 0; v < n_best; ++v) {
-            turbo_u16_store(paths->best[i + 1] + v*TURBO_LANES, best[v]);
         }
     }
-    return total;
 }
 
-// value << 16 | index of the cheapest of the 8 states (4, where bits is 2) from first on.
-TURBO_INLINE uint32_t turbo_cheapest8(int bits, const turbo_codec * codec, int16_t target, const uint16_t * best, int first) {
-    const turbo_u16x8 costs = turbo_u16x8_costs(target, codec->codebook + first, best + first % (1 << (8 - bits)));
-    return turbo_u16x8_argmin(bits == 2 ? turbo_u16x8_first4(costs) : costs) + (uint32_t) first;
+// The cheapest of the states first .. end for value i.
+TURBO_INLINE uint8_t turbo_cheapest(int bits, const turbo_codec * codec, const turbo_candidate * candidate, int i,
+                                    int first, int end) {
+    const uint16_t * best = candidate->paths.best[i];
+    uint32_t cheapest = UINT32_MAX; // cost << 16 | state
+    for (int s = first; s < end; s += bits == 2 ? 4 : 8) {
+        const turbo_u16x8 costs = turbo_u16x8_costs(candidate->target[i], codec->codebook + s, best + s % (1 << (8 - bits)));
+        const uint32_t    c     = turbo_u16x8_argmin(bits == 2 ? turbo_u16x8_first4(costs) : costs) + (uint32_t) s;
+        cheapest = c < cheapest ? c : cheapest;
+    }
+    return (uint8_t) cheapest;
 }
 
-TURBO_INLINE void turbo_traceback_bits(int bits, const turbo_codec * codec, const int16_t * target,
-                                       const turbo_paths * paths, uint8_t * states) {
-    const int step = bits == 2 ? 4 : 8;
-    int first = 0, end = TURBO_STATES;
-    for (int i = QK_TURBO - 1; i >= 0; --i) {
-        uint32_t cheapest = UINT32_MAX;
-        for (int s = first; s < end; s += step) {
-            const uint32_t c = turbo_cheapest8(bits, codec, target[i], paths->best[i], s);
-            cheapest = c < cheapest ? c : cheapest;
+TURBO_INLINE void turbo_traceback_bits(int bits, const turbo_codec * codec, int n,
+                                       const turbo_candidate * const * candidates, uint8_t states[][QK_TURBO]) {
+    for (int j = 0; j < n; ++j) {
+        states[j][QK_TURBO - 1] = turbo_cheapest(bits, codec, candidates[j], QK_TURBO - 1, 0, TURBO_STATES);
+    }
+    for (int i = QK_TURBO - 2; i >= 0; --i) {
+        for (int j = 0; j < n; ++j) {
+            const int first = (states[j][i + 1] << bits) % TURBO_STATES;
+            states[j][i] = turbo_cheapest(bits, codec, candidates[j], i, first, first + (1 << bits));
         }
-        states[i] = (uint8_t) cheapest;
-        first = (states[i] << bits) % TURBO_STATES;
-        end   = first + (1 << bits);
     }
 }
 
 #define TURBO_SEARCH(K)                                                                                                 \
-    static uint32_t turbo_search_##K(const turbo_codec * codec, const int16_t * target, turbo_paths * paths) {          \
-        return turbo_search_bits(K, codec, target, paths);                                                              \
+    static void turbo_search_##K(const turbo_codec * codec, turbo_candidate * candidates) {                             \
+        turbo_search_bits(K, codec, candidates);                                                                        \
     }                                                                                                                   \
-    static void turbo_traceback_##K(const turbo_codec * codec, const int16_t * target, const turbo_paths * paths,       \
-                                    uint8_t * states) {                                                                 \
-        turbo_traceback_bits(K, codec, target, paths, states);                                                          \
+    static void turbo_traceback_##K(const turbo_codec * codec, int n, const turbo_candidate * const * candidates,       \
+                                    uint8_t states[][QK_TURBO]) {                                                       \
+        turbo_traceback_bits(K, codec, n, candidates, states);                                                          \
     }
 
 TURBO_SEARCH(2)
 TURBO_SEARCH(3)
 TURBO_SEARCH(4)
 
-static void turbo_encode_block_cpu(const turbo_codec * codec, const float * x, uint8_t * block) {
+// 1 or 2 blocks
+static void turbo_encode_blocks_cpu(const turbo_codec * codec, int n, const float * x, uint8_t * blocks) {
     switch (codec->bits) {
-        case 2: turbo_encode_block(codec, x, block, turbo_search_2, turbo_traceback_2); break;
-        case 3: turbo_encode_block(codec, x, block, turbo_search_3, turbo_traceback_3); break;
-        case 4: turbo_encode_block(codec, x, block, turbo_search_4, turbo_traceback_4); break;
+        case 2: turbo_encode_blocks(codec, n, x, blocks, turbo_search_2, turbo_traceback_2); break;
+        case 3: turbo_encode_blocks(codec, n, x, blocks, turbo_search_3, turbo_traceback_3); break;
+        case 4: turbo_encode_blocks(codec, n, x, blocks, turbo_search_4, turbo_traceback_4); break;
     }
 }
 
@@ -157,8 +173,10 @@ TURBO_INLINE float turbo_vec_dot_bits(int bits, int n, const uint8_t * blocks, c
 
 #else // no SIMD
 
-static void turbo_encode_block_cpu(const turbo_codec * codec, const float * x, uint8_t * block) {
-    turbo_quantize_block(codec, x, block);
+static void turbo_encode_blocks_cpu(const turbo_codec * codec, int n, const float * x, uint8_t * blocks) {
+    for (int i = 0; i < n; ++i) {
+        turbo_quantize_block(codec, x + i*QK_TURBO, blocks + i*TURBO_BLOCK_BYTES(codec->bits));
+    }
 }
 
 static void turbo_dequantize_row_bits(int bits, const uint8_t * blocks, float * y, int64_t n) {
@@ -182,8 +200,9 @@ static float turbo_vec_dot_bits(int bits, int n, const uint8_t * blocks, const t
 #endif
 
 void turbo_quantize_blocks_cpu(const turbo_codec * codec, const float * x, uint8_t * blocks, int64_t n_blocks) {
-    for (int64_t i = 0; i < n_blocks; ++i) {
-        turbo_encode_block_cpu(codec, x + i*QK_TURBO, blocks + i*TURBO_BLOCK_BYTES(codec->bits));
+    for (int64_t i = 0; i < n_blocks; i += 2) {
+        const int n = n_blocks - i < 2 ? 1 : 2;
+        turbo_encode_blocks_cpu(codec, n, x + i*QK_TURBO, blocks + i*TURBO_BLOCK_BYTES(codec->bits));
     }
 }
 

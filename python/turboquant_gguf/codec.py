@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import sys
 from dataclasses import dataclass
 from functools import cache
@@ -20,12 +21,13 @@ BLOCK = 64
 class TurboType:
     """What there is to know of a type.
 
-    bits_per_value: everything counted. block: values in a block. bytes_per_block: its size.
-    mse: mean squared error on normally distributed values of variance 1, measured on held-out data when the
+    ggml_type: its number in ggml, as llama-cpp-python's type_k and type_v take it. bits_per_value: everything
+    counted. block: values in a block. bytes_per_block: its size. mse: mean squared error on normally distributed values of variance 1, measured on held-out data when the
     codebooks were trained.
     """
 
     name: str
+    ggml_type: int
     bits_per_value: float
     block: int
     bytes_per_block: int
@@ -58,8 +60,15 @@ def types() -> tuple[TurboType, ...]:
     for bits in (2, 3, 4):
         size = 2 + bits * BLOCK // 8
         mse = float(f"{get_codec(bits).contents.mse:.4g}")  # a C float, printed as the tables write it
-        found.append(TurboType(f"turbo{bits}", 8 * size / BLOCK, BLOCK, size, mse))
+        name = f"turbo{bits}"
+        found.append(TurboType(name, _ggml_type(name), 8 * size / BLOCK, BLOCK, size, mse))
     return tuple(found)
+
+
+def _ggml_type(name: str) -> int:
+    type_name = _library("ggml-base").ggml_type_name
+    type_name.restype = ctypes.c_char_p
+    return next(number for number in itertools.count() if type_name(number) == name.encode())
 
 
 def simd() -> str:
