@@ -1,5 +1,6 @@
 """What several tests need: a real model and a real text."""
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,10 @@ import pytest
 from turboquant_gguf import models
 
 ROOT = Path(__file__).parent.parent
+
+# A runner started in the background ignores SIGINT, and every child would inherit that: tests that interrupt could not.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

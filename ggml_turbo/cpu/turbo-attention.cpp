@@ -12,10 +12,8 @@
 // Error against float32 arithmetic on the same decoded keys and values: that of the int8 queries, at most
 // 1/254 of a query's largest value in 64, as in ggml's own dot products of quantized types; the rest is rounding.
 
-#include "turbo-attention.h"
+#include "turbo-ops.h"
 
-#include "ggml-cpu.h"
-#include "traits.h"
 #include "turbo-encoder.h"
 #include "turbo-simd.h"
 
@@ -298,9 +296,6 @@ struct attention {
     }
 
     static bool supports(const ggml_tensor * op) {
-        if (op->op != GGML_OP_FLASH_ATTN_EXT) {
-            return false;
-        }
         const ggml_tensor * q = op->src[0], * k = op->src[1], * v = op->src[2], * mask = op->src[3];
         auto decodes = [](const ggml_tensor * t) {
             return t->ne[0] % CHUNK == 0 && CHUNK % ggml_blck_size(t->type) == 0 && t->nb[0] == ggml_type_size(t->type) &&
@@ -574,41 +569,11 @@ struct attention_traits : ggml::cpu::tensor_traits {
     }
 };
 
-struct attention_buffer_type : ggml::cpu::extra_buffer_type {
-    attention_traits traits;
-
-    bool supports_op(ggml_backend_dev_t, const ggml_tensor *) override {
-        return false; // asked for tensors in this buffer type, of which there are none
-    }
-
-    ggml::cpu::tensor_traits * get_tensor_traits(const ggml_tensor * op) override {
-        return attention::supports(op) ? &traits : nullptr;
-    }
-};
-
 }  // namespace
 
-ggml_backend_buffer_type_t ggml_backend_cpu_turbo_attention_buffer_type(void) {
-    static attention_buffer_type claims;
-    static ggml_backend_buffer_type type = {
-        /* .iface = */ {
-            /* .get_name       = */ [](ggml_backend_buffer_type_t) { return "CPU_TURBO_ATTENTION"; },
-            /* .alloc_buffer   = */ [](ggml_backend_buffer_type_t, size_t) -> ggml_backend_buffer_t { return nullptr; },
-            /* .get_alignment  = */ [](ggml_backend_buffer_type_t) -> size_t { return 64; },
-            /* .get_max_size   = */ nullptr,
-            /* .get_alloc_size = */ nullptr,
-            /* .is_host        = */ nullptr,
-        },
-        /* .device  = */ ggml_backend_reg_dev_get(ggml_backend_cpu_reg(), 0),
-        /* .context = */ &claims,
-    };
-    return &type;
-}
-
-#else
-
-ggml_backend_buffer_type_t ggml_backend_cpu_turbo_attention_buffer_type(void) {
-    return nullptr;
+ggml::cpu::tensor_traits * turbo_attention_claims(const ggml_tensor * op) {
+    static attention_traits traits;
+    return attention::supports(op) ? &traits : nullptr;
 }
 
 #endif

@@ -188,6 +188,21 @@ static inline turbo_f32 turbo_f32_zero_below(turbo_f32 y, turbo_f32 x, turbo_f32
     return _mm256_and_ps(y, _mm256_cmp_ps(x, limit, _CMP_NLT_UQ));
 }
 
+static inline turbo_f32 turbo_f32_sub(turbo_f32 a, turbo_f32 b)                  { return _mm256_sub_ps(a, b); }
+
+static inline turbo_f32 turbo_f32_butterfly(turbo_f32 x, int distance) {
+    if (distance == 1) {
+        const __m256 partner = _mm256_permute_ps(x, 0xb1);
+        return _mm256_blend_ps(_mm256_add_ps(x, partner), _mm256_sub_ps(partner, x), 0xaa);
+    }
+    if (distance == 2) {
+        const __m256 partner = _mm256_permute_ps(x, 0x4e);
+        return _mm256_blend_ps(_mm256_add_ps(x, partner), _mm256_sub_ps(partner, x), 0xcc);
+    }
+    const __m256 partner = _mm256_permute2f128_ps(x, x, 0x01);
+    return _mm256_blend_ps(_mm256_add_ps(x, partner), _mm256_sub_ps(partner, x), 0xf0);
+}
+
 static inline turbo_i32 turbo_i32_load(const void * p)  { return _mm256_loadu_si256((const __m256i *) p); }
 static inline turbo_i32 turbo_i32_set1(int32_t x)       { return _mm256_set1_epi32(x); }
 

@@ -142,6 +142,17 @@ static inline turbo_f32 turbo_f32_zero_below(turbo_f32 y, turbo_f32 x, turbo_f32
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, limit, _CMP_NLT_UQ), y);
 }
 
+static inline turbo_f32 turbo_f32_sub(turbo_f32 a, turbo_f32 b)                  { return _mm512_sub_ps(a, b); }
+
+static inline turbo_f32 turbo_f32_butterfly(turbo_f32 x, int distance) {
+    const __m512 partner = distance == 1 ? _mm512_permute_ps(x, 0xb1)
+                         : distance == 2 ? _mm512_permute_ps(x, 0x4e)
+                         : distance == 4 ? _mm512_shuffle_f32x4(x, x, 0xb1)
+                         :                 _mm512_shuffle_f32x4(x, x, 0x4e);
+    const __mmask16 upper = distance == 1 ? 0xaaaa : distance == 2 ? 0xcccc : distance == 4 ? 0xf0f0 : 0xff00;
+    return _mm512_mask_sub_ps(_mm512_add_ps(x, partner), upper, partner, x);
+}
+
 static inline turbo_i32 turbo_i32_load(const void * p)  { return _mm512_loadu_si512(p); }
 static inline turbo_i32 turbo_i32_set1(int32_t x)       { return _mm512_set1_epi32(x); }
 

@@ -164,6 +164,14 @@ static inline turbo_f32 turbo_f32_zero_below(turbo_f32 y, turbo_f32 x, turbo_f32
     return vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(y), vcltq_f32(x, limit)));
 }
 
+static inline turbo_f32 turbo_f32_sub(turbo_f32 a, turbo_f32 b)                  { return vsubq_f32(a, b); }
+
+static inline turbo_f32 turbo_f32_butterfly(turbo_f32 x, int distance) {
+    const uint32x4_t  odd = { 0, UINT32_MAX, 0, UINT32_MAX }, high = { 0, 0, UINT32_MAX, UINT32_MAX };
+    const float32x4_t partner = distance == 1 ? vrev64q_f32(x) : vextq_f32(x, x, 2);
+    return vbslq_f32(distance == 1 ? odd : high, vsubq_f32(partner, x), vaddq_f32(x, partner));
+}
+
 static inline turbo_i32 turbo_i32_load(const void * p)  { return vld1q_s32((const int32_t *) p); }
 static inline turbo_i32 turbo_i32_set1(int32_t x)       { return vdupq_n_s32(x); }
 

@@ -13,15 +13,18 @@
 //     turbo_entries         codebook entries of all values
 //     turbo_store_scaled    entries * scale as floats
 //     turbo_sum_{zero,dot,total}   sums of dot products with two q8_0 blocks
-//   attention, on vectors of TURBO_F32_LANES floats or words of 4 bytes:
-//     turbo_f32_{load,store,set1,add,mul,fma,max,round,from_half,from_i32,total,largest}
+//   attention and rotation, on vectors of TURBO_F32_LANES floats or words of 4 bytes:
+//     turbo_f32_{load,store,set1,add,sub,mul,fma,max,round,from_half,from_i32,total,largest}
 //     turbo_f32_scale2      x * 2^n
 //     turbo_f32_zero_below  y, but 0 where x < limit
+//     turbo_f32_butterfly   lanes a `distance` apart become their sum and their difference
 //     turbo_store_keys      entries as bytes, TURBO_KEY_BIAS added
 //     turbo_i32_{load,set1}, turbo_i32_dot4   sum + dot product of each word's 4 key bytes with 4 query bytes
 //     turbo_transpose       TURBO_F32_LANES x TURBO_F32_LANES words
 //
 // TURBO_LANES is not defined where there are none; the scalar reference then does the work.
+
+#include "ggml-turbo.h"
 
 #if defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__) && defined(__AVX512VBMI__)
 #  include "turbo-simd-avx512.h"
