@@ -20,10 +20,11 @@ ROOT = Path(__file__).parent.parent
 TYPES = [kind.name for kind in turboquant_gguf.types()]
 
 
-def run(tool: str | Path, *arguments: object, ok: bool = True) -> str:
+def run(tool: str | Path, *arguments: object, ok: bool = True, **environment: str) -> str:
     """Everything the program prints; it must succeed, or fail where ok is False."""
     path = native.tool_path(tool) if isinstance(tool, str) else tool
-    done = subprocess.run([path, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=1800)
+    done = subprocess.run([path, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=1800,
+                          env={**os.environ, **environment})
     text = done.stdout.decode(errors="replace")
     assert (done.returncode == 0) == ok, f"{path.name} exited with {done.returncode}:\n{text[-4000:]}"
     return text
@@ -57,8 +58,13 @@ def test_quantize_fns(build_folder: Path):
 
 
 def test_backend_ops(build_folder: Path):
-    """Every operator that touches a turbo type, against ggml's scalar reference paths."""
-    output = run(build_test(build_folder, "test-backend-ops"), "test", "-b", "CPU", "-p", "turbo")
+    """Every operator that touches a turbo type, and the rotation, against ggml's scalar reference paths.
+
+    Memory that nobody wrote holds 0x7f7f7f7f, a huge float: what reads it does not go unnoticed.
+    """
+    program = build_test(build_folder, "test-backend-ops")
+    assert "OK" in run(program, "test", "-b", "CPU", "-o", "MUL_MAT_HADAMARD", MALLOC_PERTURB_="128")
+    output = run(program, "test", "-b", "CPU", "-p", "turbo", MALLOC_PERTURB_="128")
     for operator in ("SET_ROWS", "GET_ROWS", "CPY", "MUL_MAT", "MUL_MAT_ID", "FLASH_ATTN_EXT"):
         for name in TYPES:
             assert re.search(rf"{operator}\(.*{name}.*OK", output), f"no {operator} case with {name} ran"

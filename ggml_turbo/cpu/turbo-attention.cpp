@@ -50,7 +50,8 @@ void by_bits(ggml_type type, F && f) {
     }
 }
 
-// 64 values of `keys` keys, stride bytes apart, as floats [key][CHUNK].
+// 64 values of `keys` keys, stride bytes apart, as floats [key][CHUNK]; zeros for the keys up to KEYS that are not there,
+// whose scores are masked but must not be NaN.
 template <int BITS>
 void decode_f32(ggml_type type, const char * from, size_t stride, int keys, float * to) {
     [[maybe_unused]] const turbo_codec * codec = turbo_get_codec(BITS);
@@ -65,6 +66,7 @@ void decode_f32(ggml_type type, const char * from, size_t stride, int keys, floa
             memcpy(to, from, CHUNK*sizeof(float));
         }
     }
+    std::fill_n(to, (KEYS - keys)*CHUNK, 0.0f);
 }
 
 // The same as bytes, [key][CHUNK], and their scales.
@@ -76,6 +78,7 @@ void decode_int8(const char * from, size_t stride, int keys, int8_t * to, float 
         turbo_store_keys(turbo_entries(codec, BITS, block), to + key*CHUNK);
         scales[key] = turbo_stored_scale(BITS, block);
     }
+    std::fill_n(scales + keys, KEYS - keys, 0.0f);
 }
 
 void transpose_tile(const int32_t * rows, int columns, int32_t * to) { // KEYS x columns
