@@ -12,7 +12,7 @@
 #include <string.h>
 
 // best[i][u], u < 2^(8-k): the smallest cost of a path over the first i values that can go on to a state with
-// the low bits u. Four entries more, for SIMD loads that reach past a row's end.
+// the low bits u. SIMD loads and stores may reach past the last row's end.
 typedef struct {
     uint16_t best[QK_TURBO + 1][64];
     uint16_t past_the_end[16];

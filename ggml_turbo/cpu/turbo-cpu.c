@@ -42,10 +42,11 @@ const char * turbo_cpu_simd(void) {
 // ---- encoder ----
 
 #define TURBO_VECTORS (TURBO_STATES/TURBO_LANES)
+#define TURBO_BEST_VECTORS(bits) ((1 << (8 - (bits))) > TURBO_LANES ? (1 << (8 - (bits)))/TURBO_LANES : 1) // of a row of best
 
 // One value further: best, the costs by shared bits, and what renormalizing takes off them.
 TURBO_INLINE uint16_t turbo_step(int bits, const turbo_u16 * entries, int16_t target, int renormalize, turbo_u16 * best) {
-    const int n_best = (1 << (8 - bits)) > TURBO_LANES ? (1 << (8 - bits))/TURBO_LANES : 1;
+    const int n_best = TURBO_BEST_VECTORS(bits);
     const turbo_u16 x = turbo_u16_set1((uint16_t) target);
     turbo_u16 spread[TURBO_VECTORS];
     turbo_u16_spread(bits, best, spread);
@@ -77,7 +78,7 @@ TURBO_INLINE uint16_t turbo_step(int bits, const turbo_u16 * entries, int16_t ta
 
 // As the reference's turbo_search; bits is a constant where this is inlined.
 TURBO_INLINE void turbo_search_bits(int bits, const turbo_codec * codec, turbo_candidate * candidates) {
-    const int n_best = (1 << (8 - bits)) > TURBO_LANES ? (1 << (8 - bits))/TURBO_LANES : 1; // vectors of a row of best
+    const int n_best = TURBO_BEST_VECTORS(bits);
 
     turbo_u16 entries[TURBO_VECTORS], best[2][64/TURBO_LANES];
     for (int v = 0; v < TURBO_VECTORS; ++v) {
