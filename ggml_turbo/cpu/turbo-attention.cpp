@@ -4,13 +4,15 @@
 //            keys. Keys and values are decoded once a task and 64 keys, and used by all its rows.
 // Keys       turbo: int8 codebook entries, 4 bytes of 64 keys side by side, against int8 queries with a scale for 64
 //            values; sums of 64 products are exact integers. Other types: float32, the same layout.
-// Values     64 keys x 64 values in float32, which stay in the first-level cache; sums in float32.
+// Values     turbo: codebook entries as 16-bit integers, two keys side by side, against weights times the keys' scales,
+//            rounded to 16 bits of the largest among 64 keys; sums over 64 keys are exact integers. Other types: float32.
 // Softmax    online (Milakov and Gimelshein, arXiv 1805.02867), all in float32.
 // Splitting  Where there are few rows, the keys are split into ranges whose partial results are merged at the end.
 //            The ranges depend on the shapes alone, so the result does not depend on the number of threads.
 //
-// Error against float32 arithmetic on the same decoded keys and values: that of the int8 queries, at most
-// 1/254 of a query's largest value in 64, as in ggml's own dot products of quantized types; the rest is rounding.
+// Error against float32 arithmetic on the same decoded keys and values: that of the int8 queries, at most 1/254 of a
+// query's largest value in 64, as in ggml's own dot products of quantized types; that of the 16-bit weights, at most
+// 1/65534 of the largest among 64; the rest is rounding. docs/attention.md has the figures.
 
 #include "turbo-ops.h"
 
@@ -50,17 +52,12 @@ void by_bits(ggml_type type, F && f) {
     }
 }
 
-// 64 values of `keys` keys, stride bytes apart, as floats [key][CHUNK]; zeros for the keys up to KEYS that are not there,
-// whose scores are masked but must not be NaN.
-template <int BITS>
+// 64 values of `keys` keys of a stock type, stride bytes apart, as floats [key][CHUNK]; zeros for the keys up to KEYS
+// that are not there, whose scores are masked but must not be NaN.
 void decode_f32(ggml_type type, const char * from, size_t stride, int keys, float * to) {
-    [[maybe_unused]] const turbo_codec * codec = turbo_get_codec(BITS);
-    [[maybe_unused]] const auto to_float = ggml_get_type_traits(type)->to_float;
+    const auto to_float = ggml_get_type_traits(type)->to_float;
     for (int key = 0; key < keys; ++key, from += stride, to += CHUNK) {
-        if constexpr (BITS != 0) {
-            const uint8_t * block = (const uint8_t *) from;
-            turbo_store_scaled(turbo_entries(codec, BITS, block), turbo_stored_scale(BITS, block), to);
-        } else if (to_float) {
+        if (to_float) {
             to_float(from, to, CHUNK);
         } else {
             memcpy(to, from, CHUNK*sizeof(float));
@@ -69,7 +66,7 @@ void decode_f32(ggml_type type, const char * from, size_t stride, int keys, floa
     std::fill_n(to, (KEYS - keys)*CHUNK, 0.0f);
 }
 
-// The same as bytes, [key][CHUNK], and their scales.
+// Of a turbo type, as bytes [key][CHUNK], and their scales, which are 0 for the keys that are not there.
 template <int BITS>
 void decode_int8(const char * from, size_t stride, int keys, int8_t * to, float * scales) {
     const turbo_codec * codec = turbo_get_codec(BITS);
@@ -77,6 +74,19 @@ void decode_int8(const char * from, size_t stride, int keys, int8_t * to, float 
         const uint8_t * block = (const uint8_t *) from;
         turbo_store_keys(turbo_entries(codec, BITS, block), to + key*CHUNK);
         scales[key] = turbo_stored_scale(BITS, block);
+    }
+    std::fill_n(scales + keys, KEYS - keys, 0.0f);
+}
+
+// The same as words of two keys' 16-bit entries, [key/2][CHUNK].
+template <int BITS>
+void decode_int16(const char * from, size_t stride, int keys, int32_t * to, float * scales) {
+    const turbo_codec * codec = turbo_get_codec(BITS);
+    for (int key = 0; key < keys; key += 2, from += 2*stride, to += CHUNK) {
+        const uint8_t * block0 = (const uint8_t *) from, * block1 = key + 1 < keys ? block0 + stride : block0;
+        turbo_store_values(turbo_entries(codec, BITS, block0), turbo_entries(codec, BITS, block1), to);
+        scales[key]     = turbo_stored_scale(BITS, block0);
+        scales[key + 1] = turbo_stored_scale(BITS, block1);
     }
     std::fill_n(scales + keys, KEYS - keys, 0.0f);
 }
@@ -89,7 +99,7 @@ void transpose_tile(const int32_t * rows, int columns, int32_t * to) { // KEYS x
     }
 }
 
-// ---- the three products, for R rows at a time ----
+// ---- the products, for R rows at a time ----
 
 // scores[r][key] = sum over chunks of scale_q * scale_k * dot of int8; keys: [chunk][16][KEYS] words of 4 bytes
 template <int R>
@@ -162,8 +172,56 @@ void score_f32(const float * query, const float * keys, int values, float * scor
 }
 
 // out[r][0 .. 64) += sum over keys of weights[r][key] * values[key][0 .. 64)
+// A row's KEYS weights times the scales of the values, in units of the number that is returned.
+float round_weights(const float * weights, const float * scales, int16_t * rounded) {
+    turbo_f32 largest = turbo_f32_set1(0.0f);
+    for (int key = 0; key < KEYS; key += TURBO_F32_LANES) {
+        largest = turbo_f32_max(largest, turbo_f32_mul(turbo_f32_load(weights + key), turbo_f32_load(scales + key)));
+    }
+    const float limit = turbo_f32_largest(largest);
+    // what is smaller than that is nothing beside the row's largest weight, which is 1
+    const turbo_f32 to_int16 = turbo_f32_set1(limit > 1e-30f ? 32767.0f/limit : 0.0f);
+    for (int key = 0; key < KEYS; key += TURBO_F32_LANES) {
+        const turbo_f32 weight = turbo_f32_mul(turbo_f32_load(weights + key), turbo_f32_load(scales + key));
+        turbo_f32_store_int16(rounded + key, turbo_f32_mul(weight, to_int16));
+    }
+    return limit/32767.0f;
+}
+
+// out[r] += unit[r] * sum over keys of weights * values; weights: [r][KEYS/2] words of two, values: [key/2][CHUNK].
 template <int R>
-void add_values(const float * weights, const float * values, int n_keys, float * out, int64_t out_stride) {
+void add_int16(const int32_t * weights, const float * units, const int32_t * values, int n_keys, float * out, int64_t out_stride) {
+    constexpr int STEP = TURBO_VALUE_STEP;
+    for (int d = 0; d < CHUNK; d += STEP*TURBO_F32_LANES) {
+        turbo_i32 sum[R][STEP];
+        for (int r = 0; r < R; ++r) {
+            for (int j = 0; j < STEP; ++j) {
+                sum[r][j] = turbo_i32_set1(0);
+            }
+        }
+        for (int pair = 0; 2*pair < n_keys; ++pair) {
+            turbo_i32 v[STEP];
+            for (int j = 0; j < STEP; ++j) {
+                v[j] = turbo_i32_load(values + pair*CHUNK + d + j*TURBO_F32_LANES);
+            }
+            for (int r = 0; r < R; ++r) {
+                for (int j = 0; j < STEP; ++j) {
+                    sum[r][j] = turbo_i32_dot2(sum[r][j], v[j], weights[r*KEYS/2 + pair]);
+                }
+            }
+        }
+        for (int r = 0; r < R; ++r) {
+            for (int j = 0; j < STEP; ++j) {
+                float * to = out + r*out_stride + d + j*TURBO_F32_LANES;
+                turbo_f32_store(to, turbo_f32_fma(turbo_f32_from_i32(sum[r][j]), turbo_f32_set1(units[r]), turbo_f32_load(to)));
+            }
+        }
+    }
+}
+
+// The same with float32 weights and values.
+template <int R>
+void add_f32(const float * weights, const float * values, int n_keys, float * out, int64_t out_stride) {
     constexpr int STEP = TURBO_VALUE_STEP;
     for (int d = 0; d < CHUNK; d += STEP*TURBO_F32_LANES) {
         turbo_f32 sum[R][STEP];
@@ -245,23 +303,34 @@ struct scratch {
     float *   keys;        // [head size of K][KEYS], float32 or int8
     float *   key_scale;   // [chunks of K][KEYS]
     float *   rows;        // [KEYS][CHUNK]: keys before they are transposed, later values
+    float *   value_scale; // [KEYS]
     float *   scores;      // [ROWS][KEYS], then weights
+    int16_t * weights;     // [ROWS][KEYS], rounded
+    float *   units;       // [ROWS] of the rounded weights
     float *   out;         // [ROWS][head size of V]
+    float *   end;
 
-    static size_t floats(int64_t size_k, int64_t size_v) {
-        return size_k*(ROWS + KEYS) + size_k/CHUNK*(2*ROWS + KEYS) + KEYS*CHUNK + ROWS*KEYS + ROWS*size_v + 16;
-    }
-
-    scratch(float * p, int64_t size_k, int64_t size_v) {
-        auto take = [&p](int64_t n) { float * taken = p; p += n; return taken; };
+    scratch(float * memory, int64_t size_k, int64_t size_v) : end(memory) {
         query       = take(ROWS*size_k);
         keys        = take(KEYS*size_k);
         rows        = take(KEYS*CHUNK);
         scores      = take(ROWS*KEYS);
+        weights     = (int16_t *) take(ROWS*KEYS/2);
         out         = take(ROWS*size_v);
         query_scale = take(ROWS*(size_k/CHUNK));
         query_sum   = (int32_t *) take(ROWS*(size_k/CHUNK));
         key_scale   = take(KEYS*(size_k/CHUNK));
+        value_scale = take(KEYS);
+        units       = take(ROWS);
+    }
+
+    float * take(int64_t n) {
+        end += n;
+        return end - n;
+    }
+
+    static size_t floats(int64_t size_k, int64_t size_v) {
+        return scratch(nullptr, size_k, size_v).end - (float *) nullptr;
     }
 };
 
@@ -384,7 +453,7 @@ struct attention {
                 if constexpr (bits != 0) {
                     decode_int8<bits>(from, k->nb[1], keys, (int8_t *) s.rows, s.key_scale + c*KEYS);
                 } else {
-                    decode_f32<0>(k->type, from, k->nb[1], keys, s.rows);
+                    decode_f32(k->type, from, k->nb[1], keys, s.rows);
                 }
                 const int words = bits != 0 ? CHUNK/4 : CHUNK; // of 4 bytes, for each key
                 transpose_tile((const int32_t *) s.rows, words, (int32_t *) s.keys + c*words*KEYS);
@@ -434,9 +503,23 @@ struct attention {
     void add(const scratch & s, int64_t stream, int64_t kv_head, int64_t key0, int keys, int n) const {
         for (int64_t c = 0; c < size_v/CHUNK; ++c) {
             const char * from = chunk(v, stream, kv_head, key0, c);
-            by_bits(v->type, [&](auto bits) { decode_f32<bits>(v->type, from, v->nb[1], keys, s.rows); });
+            by_bits(v->type, [&](auto bits) {
+                if constexpr (bits != 0) {
+                    decode_int16<bits>(from, v->nb[1], keys, (int32_t *) s.rows, s.value_scale);
+                    for (int r = 0; r < n; ++r) {
+                        s.units[r] = round_weights(s.scores + r*KEYS, s.value_scale, s.weights + r*KEYS);
+                    }
+                } else {
+                    decode_f32(v->type, from, v->nb[1], keys, s.rows);
+                }
+            });
             by_rows(n, [&](int r, auto count) {
-                add_values<count>(s.scores + r*KEYS, s.rows, keys, s.out + r*size_v + c*CHUNK, size_v);
+                float * out = s.out + r*size_v + c*CHUNK;
+                if (turbo_bits(v->type)) {
+                    add_int16<count>((const int32_t *) s.weights + r*KEYS/2, s.units + r, (const int32_t *) s.rows, keys, out, size_v);
+                } else {
+                    add_f32<count>(s.scores + r*KEYS, s.rows, keys, out, size_v);
+                }
             });
         }
     }

@@ -102,16 +102,31 @@ static inline __m256i turbo_windows(int bits, int half, const uint8_t * block) {
     return _mm256_or_si256(_mm256_srli_epi16(parity[0], 8), _mm256_and_si256(parity[1], _mm256_set1_epi16((short) 0xff00)));
 }
 
-static inline turbo_i8x64 turbo_entries(const turbo_codec * codec, int bits, const uint8_t * block) {
+// Entries of 32 states, given by the low and the high halves of their bits.
+static inline __m256i turbo_entries_of(const turbo_codec * codec, __m256i low, __m256i high) {
     const __m256i a = turbo_broadcast128(codec->a), b = turbo_broadcast128(codec->b), p = turbo_broadcast128(codec->p);
+    const __m256i from_b = _mm256_shuffle_epi8(b, _mm256_xor_si256(high, _mm256_shuffle_epi8(p, low)));
+    return _mm256_add_epi8(_mm256_shuffle_epi8(a, low), from_b);
+}
+
+static inline turbo_i8x64 turbo_entries(const turbo_codec * codec, int bits, const uint8_t * block) {
     const __m256i nibble = _mm256_set1_epi8(15);
     turbo_i8x64 c;
+    if (bits == 4) { // a state is two neighbouring nibbles: of one byte for odd values, across two for even ones
+        // in quarters 0, 2, 1, 3, which interleaving puts in order
+        const __m256i bytes  = _mm256_permute4x64_epi64(_mm256_loadu_si256((const __m256i *) (block + 2)), 0xd8);
+        const __m256i before = _mm256_permute4x64_epi64(_mm256_loadu_si256((const __m256i *) (block + 1)), 0xd8);
+        const __m256i low    = _mm256_and_si256(bytes, nibble);
+        const __m256i high   = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble);
+        const __m256i even   = turbo_entries_of(codec, _mm256_and_si256(_mm256_srli_epi16(before, 4), nibble), low);
+        const __m256i odd    = turbo_entries_of(codec, low, high);
+        c.half[0] = _mm256_unpacklo_epi8(even, odd);
+        c.half[1] = _mm256_unpackhi_epi8(even, odd);
+        return c;
+    }
     for (int half = 0; half < 2; ++half) {
-        const __m256i w    = turbo_windows(bits, half, block);
-        const __m256i low  = _mm256_and_si256(w, nibble);
-        const __m256i high = _mm256_and_si256(_mm256_srli_epi16(w, 4), nibble);
-        const __m256i from_b = _mm256_shuffle_epi8(b, _mm256_xor_si256(high, _mm256_shuffle_epi8(p, low)));
-        c.half[half] = _mm256_add_epi8(_mm256_shuffle_epi8(a, low), from_b);
+        const __m256i w = turbo_windows(bits, half, block);
+        c.half[half] = turbo_entries_of(codec, _mm256_and_si256(w, nibble), _mm256_and_si256(_mm256_srli_epi16(w, 4), nibble));
     }
     return c;
 }
@@ -223,6 +238,31 @@ static inline void turbo_store_keys(turbo_i8x64 c, void * p) {
 #endif
         _mm256_storeu_si256((__m256i *) p + half, c.half[half]);
     }
+}
+
+static inline void turbo_store_values(turbo_i8x64 c0, turbo_i8x64 c1, void * p) {
+    for (int half = 0; half < 2; ++half) {
+        const __m256i low  = _mm256_unpacklo_epi8(c0.half[half], c1.half[half]);
+        const __m256i high = _mm256_unpackhi_epi8(c0.half[half], c1.half[half]);
+        __m256i * to = (__m256i *) p + 4*half;
+        _mm256_storeu_si256(to + 0, _mm256_cvtepi8_epi16(_mm256_castsi256_si128(low)));
+        _mm256_storeu_si256(to + 1, _mm256_cvtepi8_epi16(_mm256_castsi256_si128(high)));
+        _mm256_storeu_si256(to + 2, _mm256_cvtepi8_epi16(_mm256_extracti128_si256(low, 1)));
+        _mm256_storeu_si256(to + 3, _mm256_cvtepi8_epi16(_mm256_extracti128_si256(high, 1)));
+    }
+}
+
+static inline turbo_i32 turbo_i32_dot2(turbo_i32 sum, turbo_i32 values, int32_t weights) {
+#ifdef __AVXVNNI__
+    return _mm256_dpwssd_avx_epi32(sum, values, _mm256_set1_epi32(weights));
+#else
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(values, _mm256_set1_epi32(weights)));
+#endif
+}
+
+static inline void turbo_f32_store_int16(int16_t * p, turbo_f32 x) {
+    const __m256i i = _mm256_cvtps_epi32(x);
+    _mm_storeu_si128((__m128i *) p, _mm_packs_epi32(_mm256_castsi256_si128(i), _mm256_extracti128_si256(i, 1)));
 }
 
 static inline void turbo_transpose(const int32_t * from, int64_t from_stride, int32_t * to, int64_t to_stride) {

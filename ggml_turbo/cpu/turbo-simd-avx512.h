@@ -174,6 +174,30 @@ static inline void turbo_store_keys(turbo_i8x64 c, void * p) {
     _mm512_storeu_si512(p, c);
 }
 
+static inline void turbo_store_values(turbo_i8x64 c0, turbo_i8x64 c1, void * p) {
+    const __m512i low = _mm512_set_epi8(95, 31, 94, 30, 93, 29, 92, 28, 91, 27, 90, 26, 89, 25, 88, 24, 87, 23, 86, 22, 85,
+        21, 84, 20, 83, 19, 82, 18, 81, 17, 80, 16, 79, 15, 78, 14, 77, 13, 76, 12, 75, 11, 74, 10, 73, 9, 72, 8, 71, 7, 70,
+        6, 69, 5, 68, 4, 67, 3, 66, 2, 65, 1, 64, 0);
+    for (int half = 0; half < 2; ++half) {
+        const __m512i pairs = _mm512_permutex2var_epi8(c0, _mm512_add_epi8(low, _mm512_set1_epi8((char) (32*half))), c1);
+        __m512i * to = (__m512i *) p + 2*half;
+        _mm512_storeu_si512(to + 0, _mm512_cvtepi8_epi16(_mm512_castsi512_si256(pairs)));
+        _mm512_storeu_si512(to + 1, _mm512_cvtepi8_epi16(_mm512_extracti64x4_epi64(pairs, 1)));
+    }
+}
+
+static inline turbo_i32 turbo_i32_dot2(turbo_i32 sum, turbo_i32 values, int32_t weights) {
+#ifdef __AVX512VNNI__
+    return _mm512_dpwssd_epi32(sum, values, _mm512_set1_epi32(weights));
+#else
+    return _mm512_add_epi32(sum, _mm512_madd_epi16(values, _mm512_set1_epi32(weights)));
+#endif
+}
+
+static inline void turbo_f32_store_int16(int16_t * p, turbo_f32 x) {
+    _mm256_storeu_si256((__m256i *) p, _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(x)));
+}
+
 static inline void turbo_transpose(const int32_t * from, int64_t from_stride, int32_t * to, int64_t to_stride) {
     __m512i r[16], s[16];
     for (int i = 0; i < 16; ++i) {

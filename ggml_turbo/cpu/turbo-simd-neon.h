@@ -90,15 +90,29 @@ static inline uint8x16_t turbo_windows(int bits, int g, const uint8_t * block) {
     return vreinterpretq_u8_u16(vsriq_n_u16(parity[1], parity[0], 8));
 }
 
-static inline turbo_i8x64 turbo_entries(const turbo_codec * codec, int bits, const uint8_t * block) {
-    const int8x16_t  a = vld1q_s8(codec->a), b = vld1q_s8(codec->b);
+// Entries of 16 states, given by the low and the high halves of their bits.
+static inline int8x16_t turbo_entries_of(const turbo_codec * codec, uint8x16_t low, uint8x16_t high) {
     const uint8x16_t p = vreinterpretq_u8_s8(vld1q_s8(codec->p));
+    return vaddq_s8(vqtbl1q_s8(vld1q_s8(codec->a), low), vqtbl1q_s8(vld1q_s8(codec->b), veorq_u8(high, vqtbl1q_u8(p, low))));
+}
+
+static inline turbo_i8x64 turbo_entries(const turbo_codec * codec, int bits, const uint8_t * block) {
+    const uint8x16_t nibble = vdupq_n_u8(15);
     turbo_i8x64 c;
+    if (bits == 4) { // a state is two neighbouring nibbles: of one byte for odd values, across two for even ones
+        for (int half = 0; half < 2; ++half) {
+            const uint8x16_t bytes = vld1q_u8(block + 2 + 16*half), before = vld1q_u8(block + 1 + 16*half);
+            const uint8x16_t low   = vandq_u8(bytes, nibble);
+            const int8x16_t  even  = turbo_entries_of(codec, vshrq_n_u8(before, 4), low);
+            const int8x16_t  odd   = turbo_entries_of(codec, low, vshrq_n_u8(bytes, 4));
+            c.quarter[2*half]     = vzip1q_s8(even, odd);
+            c.quarter[2*half + 1] = vzip2q_s8(even, odd);
+        }
+        return c;
+    }
     for (int g = 0; g < 4; ++g) {
-        const uint8x16_t w    = turbo_windows(bits, g, block);
-        const uint8x16_t low  = vandq_u8(w, vdupq_n_u8(15));
-        const uint8x16_t high = veorq_u8(vshrq_n_u8(w, 4), vqtbl1q_u8(p, low));
-        c.quarter[g] = vaddq_s8(vqtbl1q_s8(a, low), vqtbl1q_s8(b, high));
+        const uint8x16_t w = turbo_windows(bits, g, block);
+        c.quarter[g] = turbo_entries_of(codec, vandq_u8(w, nibble), vshrq_n_u8(w, 4));
     }
     return c;
 }
@@ -189,6 +203,29 @@ static inline void turbo_store_keys(turbo_i8x64 c, void * p) {
     for (int g = 0; g < 4; ++g) {
         vst1q_s8((int8_t *) p + 16*g, c.quarter[g]);
     }
+}
+
+// 4 values of one key, then of the other
+static inline void turbo_store_values(turbo_i8x64 c0, turbo_i8x64 c1, void * p) {
+    int16_t * to = (int16_t *) p;
+    for (int g = 0; g < 4; ++g, to += 32) {
+        const int16x8_t low0  = vmovl_s8(vget_low_s8(c0.quarter[g])), low1  = vmovl_s8(vget_low_s8(c1.quarter[g]));
+        const int16x8_t high0 = vmovl_high_s8(c0.quarter[g]),         high1 = vmovl_high_s8(c1.quarter[g]);
+        vst1q_s16(to +  0, vcombine_s16(vget_low_s16(low0),   vget_low_s16(low1)));
+        vst1q_s16(to +  8, vcombine_s16(vget_high_s16(low0),  vget_high_s16(low1)));
+        vst1q_s16(to + 16, vcombine_s16(vget_low_s16(high0),  vget_low_s16(high1)));
+        vst1q_s16(to + 24, vcombine_s16(vget_high_s16(high0), vget_high_s16(high1)));
+    }
+}
+
+static inline turbo_i32 turbo_i32_dot2(turbo_i32 sum, turbo_i32 values, int32_t weights) {
+    const int16x8_t v = vreinterpretq_s16_s32(values);
+    const int16x4_t w = vreinterpret_s16_s32(vdup_n_s32(weights));
+    return vmlal_high_lane_s16(vmlal_lane_s16(sum, vget_low_s16(v), w, 0), v, w, 1);
+}
+
+static inline void turbo_f32_store_int16(int16_t * p, turbo_f32 x) {
+    vst1_s16(p, vqmovn_s32(vcvtnq_s32_f32(x)));
 }
 
 static inline void turbo_transpose(const int32_t * from, int64_t from_stride, int32_t * to, int64_t to_stride) {

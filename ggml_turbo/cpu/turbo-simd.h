@@ -20,6 +20,9 @@
 //     turbo_f32_butterfly   lanes a `distance` apart become their sum and their difference
 //     turbo_store_keys      entries as bytes, TURBO_KEY_BIAS added
 //     turbo_i32_{load,set1}, turbo_i32_dot4   sum + dot product of each word's 4 key bytes with 4 query bytes
+//     turbo_store_values    entries of two keys as words of 16 bits and 16 bits, for the following
+//     turbo_i32_dot2        sum + dot product of each word's two entries with two weights of 16 bits
+//     turbo_f32_store_int16 rounded and saturated
 //     turbo_transpose       TURBO_F32_LANES x TURBO_F32_LANES words
 //
 // TURBO_LANES is not defined where there are none; the scalar reference then does the work.

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
-import itertools
-import sys
 from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
 
-from . import native
+from . import ggml
 
 BLOCK = 64
 """Values in a block."""
@@ -34,48 +31,20 @@ class TurboType:
     mse: float
 
 
-class _Codec(ctypes.Structure):
-    """turbo_codec of ggml-turbo.h, as far as it is read here."""
-
-    _fields_ = [
-        ("bits", ctypes.c_int),
-        ("rms_to_scale", ctypes.c_float),
-        ("max_to_scale", ctypes.c_float),
-        ("mse", ctypes.c_float),
-    ]
-
-
-@cache
-def _library(name: str) -> ctypes.CDLL:
-    file = {"win32": f"{name}.dll", "darwin": f"lib{name}.dylib"}.get(sys.platform, f"lib{name}.so")
-    return ctypes.CDLL(str(native.library_dir() / file))
-
-
 @cache
 def types() -> tuple[TurboType, ...]:
     """The turbo types, from the smallest to the most exact."""
-    get_codec = _library("ggml-base").turbo_get_codec
-    get_codec.restype = ctypes.POINTER(_Codec)
     found = []
     for bits in (2, 3, 4):
-        size = 2 + bits * BLOCK // 8
-        mse = float(f"{get_codec(bits).contents.mse:.4g}")  # a C float, printed as the tables write it
-        name = f"turbo{bits}"
-        found.append(TurboType(name, _ggml_type(name), 8 * size / BLOCK, BLOCK, size, mse))
+        name, size = f"turbo{bits}", 2 + bits * BLOCK // 8
+        mse = float(f"{ggml.function('turbo_get_codec')(bits).contents.mse:.4g}")  # a C float, as the tables write it
+        found.append(TurboType(name, ggml.type_number(name), 8 * size / BLOCK, BLOCK, size, mse))
     return tuple(found)
-
-
-def _ggml_type(name: str) -> int:
-    type_name = _library("ggml-base").ggml_type_name
-    type_name.restype = ctypes.c_char_p
-    return next(number for number in itertools.count() if type_name(number) == name.encode())
 
 
 def simd() -> str:
     """The instruction set the codec was compiled for: "avx512", "avx2", "neon" or "scalar"."""
-    name = _library("ggml-cpu").turbo_cpu_simd
-    name.restype = ctypes.c_char_p
-    return name().decode()
+    return ggml.function("turbo_cpu_simd")().decode()
 
 
 def quantize(x: NDArray[np.float32], type: str) -> NDArray[np.uint8]:
@@ -94,7 +63,7 @@ def quantize(x: NDArray[np.float32], type: str) -> NDArray[np.uint8]:
         raise ValueError(f"the last dimension must be a multiple of {BLOCK} (a block), but the shape is {x.shape}")
     x = np.ascontiguousarray(x)
     blocks = np.empty((*x.shape[:-1], x.shape[-1] // BLOCK * kind.bytes_per_block), np.uint8)
-    _library("ggml-cpu")[f"quantize_row_{kind.name}"](_pointer(x), _pointer(blocks), ctypes.c_int64(x.size))
+    ggml.function(f"quantize_row_{kind.name}")(ggml.pointer(x), ggml.pointer(blocks), x.size)
     return blocks
 
 
@@ -115,7 +84,7 @@ def dequantize(blocks: NDArray[np.uint8], type: str) -> NDArray[np.float32]:
         )
     blocks = np.ascontiguousarray(blocks)
     y = np.empty((*blocks.shape[:-1], blocks.shape[-1] // kind.bytes_per_block * BLOCK), np.float32)
-    _library("ggml-cpu")[f"dequantize_row_{kind.name}_cpu"](_pointer(blocks), _pointer(y), ctypes.c_int64(y.size))
+    ggml.function(f"dequantize_row_{kind.name}_cpu")(ggml.pointer(blocks), ggml.pointer(y), y.size)
     return y
 
 
@@ -125,6 +94,3 @@ def _type(name: str) -> TurboType:
             return kind
     raise ValueError(f"there is no type {name!r}: choose from {', '.join(kind.name for kind in types())}")
 
-
-def _pointer(array: NDArray) -> ctypes.c_void_p:
-    return array.ctypes.data_as(ctypes.c_void_p)

@@ -1,0 +1,107 @@
+"""The ggml libraries of this package, through ctypes: as many of their functions as this package calls."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from ctypes import c_bool, c_char_p, c_float, c_int, c_int64, c_size_t, c_void_p
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import native
+
+MAX_TYPES = 256
+"""Type numbers are below this."""
+
+
+class InitParams(ctypes.Structure):
+    """ggml_init_params."""
+
+    _fields_ = [("mem_size", c_size_t), ("mem_buffer", c_void_p), ("no_alloc", c_bool)]
+
+
+class TurboCodec(ctypes.Structure):
+    """turbo_codec of ggml-turbo.h, as far as it is read here."""
+
+    _fields_ = [("bits", c_int), ("rms_to_scale", c_float), ("max_to_scale", c_float), ("mse", c_float)]
+
+
+_quantize_row = (None, c_void_p, c_void_p, c_int64)
+
+# library -> function -> result, arguments
+_PROTOTYPES: dict[str, dict[str, tuple]] = {
+    "ggml-base": {
+        "ggml_type_name": (c_char_p, c_int),
+        "ggml_row_size": (c_size_t, c_int, c_int64),
+        "ggml_quantize_chunk": (c_size_t, c_int, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p),
+        "ggml_tensor_overhead": (c_size_t,),
+        "ggml_graph_overhead": (c_size_t,),
+        "ggml_init": (c_void_p, InitParams),
+        "ggml_free": (None, c_void_p),
+        "ggml_new_tensor_4d": (c_void_p, c_void_p, c_int, c_int64, c_int64, c_int64, c_int64),
+        "ggml_permute": (c_void_p, c_void_p, c_void_p, c_int, c_int, c_int, c_int),
+        "ggml_flash_attn_ext": (c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_float, c_float, c_float),
+        "ggml_flash_attn_ext_add_sinks": (None, c_void_p, c_void_p),
+        "ggml_set_rows": (c_void_p, c_void_p, c_void_p, c_void_p, c_void_p),
+        "ggml_new_graph": (c_void_p, c_void_p),
+        "ggml_build_forward_expand": (None, c_void_p, c_void_p),
+        "ggml_backend_alloc_ctx_tensors": (c_void_p, c_void_p, c_void_p),
+        "ggml_backend_buffer_free": (None, c_void_p),
+        "ggml_backend_tensor_set": (None, c_void_p, c_void_p, c_size_t, c_size_t),
+        "ggml_backend_tensor_get": (None, c_void_p, c_void_p, c_size_t, c_size_t),
+        "ggml_backend_graph_compute": (c_int, c_void_p, c_void_p),
+        "ggml_backend_free": (None, c_void_p),
+        "turbo_get_codec": (ctypes.POINTER(TurboCodec), c_int),
+    },
+    "ggml-cpu": {
+        "ggml_backend_cpu_init": (c_void_p,),
+        "ggml_backend_cpu_set_n_threads": (None, c_void_p, c_int),
+        "ggml_backend_cpu_set_use_ref": (None, c_void_p, c_bool),
+        "turbo_cpu_simd": (c_char_p,),
+        **{f"quantize_row_turbo{bits}": _quantize_row for bits in (2, 3, 4)},
+        **{f"dequantize_row_turbo{bits}_cpu": _quantize_row for bits in (2, 3, 4)},
+    },
+}
+
+
+@cache
+def _library(name: str) -> ctypes.CDLL:
+    file = {"win32": f"{name}.dll", "darwin": f"lib{name}.dylib"}.get(sys.platform, f"lib{name}.so")
+    return ctypes.CDLL(str(native.library_dir() / file))
+
+
+@cache
+def function(name: str):
+    """The C function called `name`, ready to be called from Python. Raises KeyError if it is not listed above."""
+    library = next(library for library, functions in _PROTOTYPES.items() if name in functions)
+    found = getattr(_library(library), name)
+    found.restype, *found.argtypes = _PROTOTYPES[library][name]
+    return found
+
+
+def pointer(array: NDArray) -> c_void_p:
+    """Where the elements of a contiguous array begin."""
+    assert array.flags.c_contiguous
+    return array.ctypes.data_as(c_void_p)
+
+
+@cache
+def type_number(name: str) -> int:
+    """ggml's number of a type such as "turbo4" or "q8_0". Raises ValueError if there is none of that name."""
+    for number in range(MAX_TYPES):
+        if function("ggml_type_name")(number) == name.encode():
+            return number
+    raise ValueError(f"ggml has no type called {name!r}")
+
+
+def quantize(x: NDArray[np.float32], type: str) -> NDArray[np.uint8]:
+    """Rows of any ggml type that needs no importance matrix: float32 (..., n) -> uint8 (..., bytes of a row)."""
+    number = type_number(type)
+    x = np.ascontiguousarray(x, np.float32)
+    blocks = np.empty((*x.shape[:-1], function("ggml_row_size")(number, x.shape[-1])), np.uint8)
+    if x.size:
+        rows = x.size // x.shape[-1]
+        function("ggml_quantize_chunk")(number, pointer(x), pointer(blocks), 0, rows, x.shape[-1], None)
+    return blocks
