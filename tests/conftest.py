@@ -1,6 +1,8 @@
 """What several tests need: a real model and a real text."""
 
+import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ import pytest
 from turboquant_gguf import models
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "ggml_turbo" / "graft"))  # the scripts of the build, which the wheel does not hold
 
 # A runner started in the background ignores SIGINT, and every child would inherit that: tests that interrupt could not.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -30,3 +33,12 @@ def wikitext() -> Path:
     if not path.is_file():
         pytest.skip("there is no shared/data/wiki.test.raw beside the repository")
     return path
+
+
+@pytest.fixture(scope="session")
+def pristine() -> Path:
+    """The pinned sources of llama.cpp, from the cache that the build fills."""
+    import source
+
+    cache = os.environ.get("TURBOQUANT_CACHE_DIR") or "~/.cache/turboquant-gguf"
+    return source.pinned(Path(cache).expanduser())

@@ -1,13 +1,12 @@
 """The codec: the format, the error, hostile input, and every implementation against every other, bit for bit."""
 
-import platform
-import shutil
 import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import instruction_sets
 import turboquant_gguf
 from turboquant_gguf import codec_numpy
 
@@ -103,51 +102,13 @@ def test_library_and_numpy_agree_to_the_bit(name: str):
         assert np.array_equal(y.view(np.uint32), codec_numpy.dequantize_blocks(codec, encoded).view(np.uint32))
 
 
-def cpu_flags() -> set[str]:
-    info = Path("/proc/cpuinfo")
-    return set(info.read_text().split()) if info.exists() else set()
-
-
-X86 = ["-msse4.1", "-mavx2", "-mfma", "-mf16c"]
-AVX512 = [*X86, *(f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vbmi"))]
-AARCH64 = ["-static"]
-
-BUILDS = {
-    "scalar": ("x86_64", "cc", [], "scalar"),
-    "avx2": ("x86_64", "cc", X86, "avx2"),
-    "avx512": ("x86_64", "cc", AVX512, "avx512"),
-    "avx512-vnni": ("x86_64", "cc", [*AVX512, "-mavx512vnni"], "avx512"),
-    "neon": ("aarch64", "aarch64-linux-gnu-gcc", AARCH64, "neon"),
-    "neon-dotprod": ("aarch64", "aarch64-linux-gnu-gcc", [*AARCH64, "-march=armv8.2-a+dotprod"], "neon"),
-}
-
-
-@pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize("build", instruction_sets.BUILDS)
 def test_simd_agrees_with_reference(build: str, tmp_path: Path):
-    machine, compiler, flags, expected = BUILDS[build]
-    runner: list[str] = []
-    if machine == "aarch64" and platform.machine() not in ("aarch64", "arm64"):
-        runner = ["qemu-aarch64"]
-    elif machine != "aarch64" and platform.machine() != machine:
-        pytest.skip(f"needs an {machine} machine")
-    elif machine == "aarch64":
-        compiler = "cc"
-    if missing := [tool for tool in (compiler, *runner) if not shutil.which(tool)]:
-        pytest.skip(f"needs {' and '.join(missing)} (Debian: gcc-aarch64-linux-gnu, libc6-dev-arm64-cross, qemu-user)")
-    needed = {flag.removeprefix("-m").replace(".", "_").replace("avx512vnni", "avx512_vnni") for flag in flags}
-    if machine == "x86_64" and (absent := needed - cpu_flags() - {"static"}):
-        pytest.skip(f"this processor has no {', '.join(sorted(absent))}")
-
-    program = tmp_path / "codec_simd"
     sources = [ROOT / "tests" / "codec_simd.c", SOURCE / "ggml-turbo.c", SOURCE / "cpu" / "turbo-cpu.c"]
-    subprocess.run(
-        [compiler, "-std=gnu11", "-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-DGGML_TURBO_STANDALONE",
-         f"-I{SOURCE}", *flags, *sources, "-o", program, "-lm"],
-        check=True,
-    )
-    result = subprocess.run([*runner, program], capture_output=True, text=True)
+    program = instruction_sets.compile(build, tmp_path / "codec_simd", sources, "-DGGML_TURBO_STANDALONE")
+    result = subprocess.run(program, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() == expected
+    assert result.stdout.strip() == instruction_sets.BUILDS[build][2]
 
 
 # ---- hostile input ----

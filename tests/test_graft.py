@@ -7,22 +7,13 @@ import tarfile
 from dataclasses import replace
 from pathlib import Path
 
+import graft
 import pytest
+import source
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY / "ggml_turbo" / "graft"))
-
-import graft  # noqa: E402
-import source  # noqa: E402
 
 INSERTIONS = graft.load()
-
-
-@pytest.fixture(scope="session")
-def pristine() -> Path:
-    """The pinned sources, from the cache that the build fills."""
-    cache = os.environ.get("TURBOQUANT_CACHE_DIR") or "~/.cache/turboquant-gguf"
-    return source.pinned(Path(cache).expanduser())
 
 
 @pytest.mark.parametrize("insertion", INSERTIONS, ids=lambda insertion: f"{insertion.file}: {insertion.why}")

@@ -1,0 +1,140 @@
+// The attention kernel alone, for whatever instruction set this is compiled for: reads problems from standard input
+// and writes their results to standard output, as test_attention.py has them. The few functions of ggml that the kernel
+// calls are here; types are those that need no more of ggml.
+
+#include "cpu/turbo-ops.h"
+#include "ggml-turbo.h"
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+static float half_to_float(uint16_t h) {
+    const uint32_t sign = (uint32_t) (h & 0x8000) << 16, exponent = (h >> 10) & 31, mantissa = h & 1023;
+    uint32_t u = sign | (exponent + 112) << 23 | mantissa << 13;
+    if (exponent == 31) {
+        u = sign | 0x7f800000 | mantissa << 13;
+    } else if (exponent == 0) {
+        const float magnitude = mantissa/16777216.0f;
+        return sign ? -magnitude : magnitude;
+    }
+    float f;
+    memcpy(&f, &u, sizeof(f));
+    return f;
+}
+
+static void f16_to_float(const void * x, float * y, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) {
+        y[i] = half_to_float(((const uint16_t *) x)[i]);
+    }
+}
+
+template <int BITS>
+static void turbo_to_float(const void * x, float * y, int64_t n) {
+    for (int64_t i = 0; i < n/QK_TURBO; ++i) {
+        turbo_dequantize_block(turbo_get_codec(BITS), (const uint8_t *) x + i*TURBO_BLOCK_BYTES(BITS), y + i*QK_TURBO);
+    }
+}
+
+const ggml_type_traits * ggml_get_type_traits(ggml_type type) {
+    static const ggml_type_traits f32    = { "f32",    1,        0, sizeof(float),        false, nullptr,           nullptr };
+    static const ggml_type_traits f16    = { "f16",    1,        0, sizeof(uint16_t),     false, f16_to_float,      nullptr };
+    static const ggml_type_traits turbo2 = { "turbo2", QK_TURBO, 0, TURBO_BLOCK_BYTES(2), true,  turbo_to_float<2>, nullptr };
+    static const ggml_type_traits turbo3 = { "turbo3", QK_TURBO, 0, TURBO_BLOCK_BYTES(3), true,  turbo_to_float<3>, nullptr };
+    static const ggml_type_traits turbo4 = { "turbo4", QK_TURBO, 0, TURBO_BLOCK_BYTES(4), true,  turbo_to_float<4>, nullptr };
+    switch (type) {
+        case GGML_TYPE_F32:    return &f32;
+        case GGML_TYPE_F16:    return &f16;
+        case GGML_TYPE_TURBO2: return &turbo2;
+        case GGML_TYPE_TURBO3: return &turbo3;
+        case GGML_TYPE_TURBO4: return &turbo4;
+        default:               abort();
+    }
+}
+
+int64_t ggml_blck_size  (ggml_type type) { return ggml_get_type_traits(type)->blck_size; }
+size_t  ggml_type_size  (ggml_type type) { return ggml_get_type_traits(type)->type_size; }
+bool    ggml_is_quantized(ggml_type type) { return ggml_get_type_traits(type)->is_quantized; }
+
+// one thread
+static int next_chunk;
+void ggml_barrier(ggml_threadpool *) {}
+void ggml_threadpool_chunk_set(ggml_threadpool *, int value) { next_chunk = value; }
+int  ggml_threadpool_chunk_add(ggml_threadpool *, int value) { return (next_chunk += value) - value; }
+
+ggml::cpu::tensor_traits::~tensor_traits() = default;
+
+static bool read(void * to, size_t size) {
+    return fread(to, 1, size, stdin) == size;
+}
+
+struct tensor : ggml_tensor {
+    std::vector<char> memory;
+
+    // dimensions from the innermost in memory; `order` of them as the operator sees them
+    tensor(ggml_type t, const int (&in_memory)[4], const int (&order)[4]) : ggml_tensor() {
+        type = t;
+        size_t stride = ggml_type_size(t);
+        for (int i = 0; i < 4; ++i) {
+            ne[order[i]] = in_memory[i];
+            nb[order[i]] = stride;
+            stride *= i == 0 ? in_memory[0]/ggml_blck_size(t) : in_memory[i];
+        }
+        memory.resize(stride);
+        data = memory.data();
+    }
+
+    void fill() {
+        if (!read(data, memory.size())) {
+            abort();
+        }
+    }
+};
+
+int main() {
+    struct {
+        int32_t sequences, heads, queries, size_k, keys, kv_heads, size_v, type_k, type_v, mask_heads, mask_sequences, sinks;
+        float scale, max_bias, softcap;
+    } p;
+    const int plain[4] = { 0, 1, 2, 3 }, cache[4] = { 0, 2, 1, 3 };
+    while (read(&p, sizeof(p))) {
+        tensor q    (GGML_TYPE_F32, { p.size_k, p.queries, p.heads, p.sequences }, plain);
+        tensor k    ((ggml_type) p.type_k, { p.size_k, p.kv_heads, p.keys, p.sequences }, cache);
+        tensor v    ((ggml_type) p.type_v, { p.size_v, p.kv_heads, p.keys, p.sequences }, cache);
+        tensor mask (GGML_TYPE_F16, { p.keys, p.queries, p.mask_heads, p.mask_sequences }, plain);
+        tensor sinks(GGML_TYPE_F32, { p.heads, 1, 1, 1 }, plain);
+        tensor out  (GGML_TYPE_F32, { p.size_v, p.heads, p.queries, p.sequences }, plain);
+        q.fill();
+        k.fill();
+        v.fill();
+        mask.fill();
+        if (p.sinks) {
+            sinks.fill();
+        }
+        out.op     = GGML_OP_FLASH_ATTN_EXT;
+        out.src[0] = &q;
+        out.src[1] = &k;
+        out.src[2] = &v;
+        out.src[3] = p.mask_heads ? &mask : nullptr;
+        out.src[4] = p.sinks ? &sinks : nullptr;
+        memcpy((float *) out.op_params + 0, &p.scale,    sizeof(float));
+        memcpy((float *) out.op_params + 1, &p.max_bias, sizeof(float));
+        memcpy((float *) out.op_params + 2, &p.softcap,  sizeof(float));
+
+        ggml::cpu::tensor_traits * kernel = turbo_attention_claims(&out);
+        size_t size = 0;
+        if (!kernel || !kernel->work_size(1, &out, size)) {
+            fprintf(stderr, "the kernel does not take this problem\n");
+            return 1;
+        }
+        std::vector<char> work(size, (char) 0xff); // NaN in every type: nothing may be read before it is written
+        ggml_compute_params params = {};
+        params.nth   = 1;
+        params.wsize = size;
+        params.wdata = work.data();
+        kernel->compute_forward(&params, &out);
+        fwrite(out.data, 1, out.memory.size(), stdout);
+    }
+    return 0;
+}

@@ -1,0 +1,206 @@
+"""The attention kernel against attention in float64, for any shape, mask and type, on each instruction set."""
+
+import struct
+import subprocess
+from pathlib import Path
+
+import graft
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import instruction_sets
+import turboquant_gguf
+from turboquant_gguf import attention_numpy, codec_numpy, ggml
+from turboquant_gguf.attention import Attention, Problem
+
+ROOT = Path(__file__).parent.parent
+TURBO = ("turbo2", "turbo3", "turbo4")
+STOCK = ("f16", "q8_0", "q4_0")
+TILE = 64  # keys whose weights are rounded together
+
+# ---- problems ----
+
+
+def cache_rows(x: np.ndarray, type: str) -> np.ndarray:
+    if type == "f16":
+        return x.astype(np.float16).view(np.uint8)
+    return turboquant_gguf.quantize(x, type) if type in TURBO else ggml.quantize(x, type)
+
+
+def values(rng: np.random.Generator, kind: str, *shape: int) -> np.ndarray:
+    """Gaussian values, or what models really have: a few channels or tokens that are far larger than the rest."""
+    x = rng.standard_normal(shape).astype(np.float32)
+    if kind == "large channel":
+        x[..., rng.integers(shape[-1])] *= 100
+    elif kind == "large token":
+        x[:, rng.integers(shape[1])] *= 1000
+    elif kind == "small":
+        x *= 1e-6
+    elif kind == "zeros":
+        x[..., :64] = 0
+    return x
+
+
+def mask_of(rng: np.random.Generator, kind: str, sequences: int, heads: int, queries: int, keys: int) -> np.ndarray | None:
+    query, key = np.arange(queries)[:, None] + keys - queries, np.arange(keys)
+    if kind == "none":
+        return None
+    visible = key <= query  # causal
+    if kind == "window":
+        visible = visible & (key > query - 70)
+    elif kind == "blind":  # some queries see nothing
+        visible = visible & (rng.random((queries, 1)) < 0.5)
+    elif kind == "scattered":  # cells of several sequences; another mask for each head
+        visible = rng.random((sequences, heads, queries, keys)) < 0.3
+    mask = np.where(visible, np.minimum(key - query, 0) if kind == "distance" else 0, -np.inf).astype(np.float16)
+    return mask.reshape((1, 1, *mask.shape)[-4:])
+
+
+KINDS = st.sampled_from(["gaussian", "large channel", "large token", "small", "zeros"])
+MASKS = st.sampled_from(["none", "causal", "window", "blind", "distance", "scattered"])
+HEAD_SIZES = st.sampled_from([64, 64, 128, 128, 192, 256, 576])
+
+
+@st.composite
+def problems(draw, stock: tuple[str, ...] = STOCK) -> Problem:
+    type_k, type_v = draw(
+        st.sampled_from([(a, b) for a in TURBO + stock for b in TURBO + stock if a in TURBO or b in TURBO])
+    )
+    size_k, size_v = draw(HEAD_SIZES), draw(HEAD_SIZES)
+    sequences, kv_heads = draw(st.sampled_from([1, 1, 2, 3])), draw(st.sampled_from([1, 2, 3]))
+    heads = kv_heads * draw(st.sampled_from([1, 2, 3, 4, 7, 16, 20]))
+    queries = draw(st.sampled_from([1, 1, 2, 3, 8, 35]))
+    keys = draw(st.sampled_from([1, 2, 63, 64, 65, 200, 256, 257, *([700, 1500] if heads * queries < 150 else [])]))
+    rng = np.random.default_rng(draw(st.integers(0, 1 << 32)))
+    max_bias = draw(st.sampled_from([0.0, 0.0, 8.0]))
+    mask = mask_of(rng, draw(MASKS), sequences, heads, queries, keys)
+    return Problem(
+        q=values(rng, draw(KINDS), sequences, heads, queries, size_k),
+        k=cache_rows(values(rng, draw(KINDS), sequences, keys, kv_heads, size_k), type_k),
+        v=cache_rows(values(rng, draw(KINDS), sequences, keys, kv_heads, size_v), type_v),
+        type_k=type_k,
+        type_v=type_v,
+        size_v=size_v,
+        scale=draw(st.sampled_from([1.0, 4.0])) / size_k**0.5,
+        mask=mask,
+        sinks=rng.normal(0, 3, heads).astype(np.float32) if draw(st.booleans()) else None,
+        max_bias=max_bias if mask is not None else 0.0,
+        softcap=draw(st.sampled_from([0.0, 0.0, 15.0])),
+    )
+
+
+# ---- what is expected ----
+
+
+def rounded_queries(problem: Problem) -> np.ndarray:
+    """What the kernel multiplies turbo keys with: 8 bits, of the largest of each 64 values."""
+    if problem.type_k not in TURBO:
+        return problem.q
+    chunks = problem.q.reshape(*problem.q.shape[:-1], -1, 64)
+    largest = np.abs(chunks).max(axis=-1, keepdims=True)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        units = np.where(largest > 0, np.rint(chunks * (np.float32(127) / largest)), 0)
+    return (units * (largest.astype(np.float64) / 127)).reshape(problem.q.shape)
+
+
+def expected(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
+    """The result with rounded queries, and how far the kernel may be from it: its 16-bit weights, and float32."""
+    group = problem.q.shape[1] // problem.k.shape[2]
+    v = np.repeat(attention_numpy.decode(problem.v, problem.type_v), group, axis=2).astype(np.float64)
+    weights, extent = attention_numpy.weights(problem, rounded_queries(problem))
+    result = np.einsum("shqk,skhd->sqhd", weights, v, optimize=True)
+    # float32 scores are off by a few roundings of the largest, and so are the weights made of them, relatively
+    float32 = 3e-6 * (1 + extent) * weights
+    tolerance = np.einsum("shqk,skhd->sqhd", float32, np.abs(v)) + 1e-12
+    if problem.type_v in TURBO:
+        codec = codec_numpy.codecs()[problem.type_v]
+        scales = codec_numpy.scales_of(codec, problem.v.reshape(-1, codec.block_bytes))
+        scales = np.repeat(scales.reshape(*problem.v.shape[:3], -1), group, axis=2).astype(np.float64)
+        entries = np.abs(v.reshape(*scales.shape, 64)) / np.where(scales == 0, 1, scales)[..., None]
+        for first in range(0, v.shape[1], TILE):
+            tile = slice(first, first + TILE)
+            products = weights[..., tile, None] * scales[:, tile].transpose(0, 2, 1, 3)[:, :, None]  # s h q k chunk
+            half_step = 0.51 * products.max(axis=3) / 32767
+            tolerance += np.einsum("shqc,skhcd->sqhcd", half_step, entries[:, tile]).reshape(tolerance.shape)
+    return result, tolerance
+
+
+def check(problem: Problem, result: np.ndarray) -> None:
+    exact, tolerance = expected(problem)
+    error = np.abs(result - exact)
+    worst = np.unravel_index(np.argmax(error - tolerance), error.shape)
+    assert np.all(error <= tolerance), f"{error[worst]} at {worst}, {tolerance[worst]} allowed"
+
+
+# ---- in llama.cpp ----
+
+
+def result_of(problem: Problem, threads: int) -> np.ndarray:
+    with Attention(problem, threads) as attention:
+        attention.run()
+        first = attention.result()
+        attention.run()
+        assert np.array_equal(first, attention.result())
+    return first
+
+
+many = settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+@many
+@given(problems(), st.integers(1, 5))
+def test_kernel_in_llama_cpp(problem: Problem, threads: int):
+    check(problem, result_of(problem, threads))
+
+
+@settings(many, max_examples=30)
+@given(problems(), st.integers(2, 9))
+def test_threads_do_not_change_a_bit(problem: Problem, threads: int):
+    assert np.array_equal(result_of(problem, threads), result_of(problem, 1))
+
+
+# ---- alone, for each instruction set ----
+
+
+@pytest.fixture(scope="session")
+def grafted(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The headers that the kernel is compiled with: llama.cpp's, with the turbo types in them."""
+    folder = tmp_path_factory.mktemp("grafted")
+    graft.write(pristine, folder, graft.insert(pristine, graft.load()))
+    return folder
+
+
+def as_input(problem: Problem) -> bytes:
+    """What attention_simd.cpp reads."""
+    mask = np.zeros((0, 0, *problem.q.shape[2:3], problem.k.shape[1]), np.float16) if problem.mask is None else problem.mask
+    sequences, heads, queries, size_k = problem.q.shape
+    keys, kv_heads = problem.k.shape[1:3]
+    numbers = struct.pack(
+        "12i3f",
+        *(sequences, heads, queries, size_k, keys, kv_heads, problem.size_v),
+        *(ggml.type_number(problem.type_k), ggml.type_number(problem.type_v)),
+        *(mask.shape[1], mask.shape[0], problem.sinks is not None),
+        *(problem.scale, problem.max_bias, problem.softcap),
+    )
+    arrays = [problem.q, problem.k, problem.v, mask, *([] if problem.sinks is None else [problem.sinks])]
+    return numbers + b"".join(np.ascontiguousarray(array).tobytes() for array in arrays)
+
+
+@pytest.mark.parametrize("build", [name for name in instruction_sets.BUILDS if name != "scalar"])
+def test_kernel_alone(build: str, grafted: Path, tmp_path: Path):
+    include = [f"-isystem{grafted / folder}" for folder in ("ggml/include", "ggml/src", "ggml/src/ggml-cpu")]
+    sources = [ROOT / "tests" / "attention_simd.cpp", ROOT / "ggml_turbo" / "cpu" / "turbo-attention.cpp",
+               ROOT / "ggml_turbo" / "ggml-turbo.c"]
+    program = instruction_sets.compile(build, tmp_path / "attention_simd", sources, *include)
+
+    @settings(many, max_examples=40)
+    @given(problems(stock=("f16",)))
+    def holds(problem: Problem) -> None:
+        done = subprocess.run(program, input=as_input(problem), capture_output=True, check=True)
+        result = np.frombuffer(done.stdout, np.float32)
+        sequences, heads, queries, _ = problem.q.shape
+        check(problem, result.reshape(sequences, queries, heads, problem.size_v))
+
+    holds()
