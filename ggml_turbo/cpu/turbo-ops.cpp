@@ -16,6 +16,7 @@ struct turbo_buffer_type : ggml::cpu::extra_buffer_type {
         switch (op->op) {
             case GGML_OP_FLASH_ATTN_EXT: return turbo_attention_claims(op);
             case GGML_OP_MUL_MAT:        return turbo_hadamard_claims(op);
+            case GGML_OP_SET_ROWS:       return turbo_set_rows_claims(op);
             default:                     return nullptr;
         }
     }

@@ -13,5 +13,6 @@ ggml_backend_buffer_type_t ggml_backend_cpu_turbo_buffer_type(void);
 // Each returns what computes op, or nullptr if op is not for it.
 ggml::cpu::tensor_traits * turbo_attention_claims(const ggml_tensor * op); // turbo-attention.cpp
 ggml::cpu::tensor_traits * turbo_hadamard_claims(const ggml_tensor * op);  // turbo-hadamard.cpp
+ggml::cpu::tensor_traits * turbo_set_rows_claims(const ggml_tensor * op);  // turbo-set-rows.cpp
 
 #endif

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from contextlib import ExitStack
 from ctypes import c_bool, c_char_p, c_float, c_int, c_int64, c_size_t, c_void_p
 from functools import cache
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -105,3 +107,61 @@ def quantize(x: NDArray[np.float32], type: str) -> NDArray[np.uint8]:
         rows = x.size // x.shape[-1]
         function("ggml_quantize_chunk")(number, pointer(x), pointer(blocks), 0, rows, x.shape[-1], None)
     return blocks
+
+
+class Graph:
+    """Tensors and the operators on them, computed by llama.cpp's CPU back end. A context manager: it owns memory.
+
+    threads: how many compute. reference: llama.cpp's scalar paths instead of fast kernels. First come the tensors and
+    operators, then `finish`, then `run` and `read` as often as wanted. Tensors are the integers that stand for them.
+    """
+
+    MAX_TENSORS = 32
+
+    def __init__(self, threads: int = 1, *, reference: bool = False) -> None:
+        size = self.MAX_TENSORS * function("ggml_tensor_overhead")() + function("ggml_graph_overhead")()
+        self._contents: list[tuple[int, NDArray]] = []
+        with ExitStack() as owned:
+            self._backend = function("ggml_backend_cpu_init")()
+            owned.callback(function("ggml_backend_free"), self._backend)
+            function("ggml_backend_cpu_set_n_threads")(self._backend, threads)
+            function("ggml_backend_cpu_set_use_ref")(self._backend, reference)
+            self._context = function("ggml_init")(InitParams(size, None, True))
+            owned.callback(function("ggml_free"), self._context)
+            self._owned = owned.pop_all()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._owned.close()
+
+    def tensor(self, data: NDArray, type: str, *shape: int) -> int:
+        """A tensor of that type that holds `data`; shape: its four dimensions, the innermost first, as ggml counts."""
+        made = self.operator("ggml_new_tensor_4d", type_number(type), *shape)
+        self._contents.append((made, np.ascontiguousarray(data)))
+        return made
+
+    def operator(self, name: str, *arguments: object) -> int:
+        """The tensor that ggml's function `name` makes of `arguments`."""
+        return function(name)(self._context, *arguments)
+
+    def finish(self, out: int) -> None:
+        """Makes all that is needed for `out` ready to run."""
+        self._graph = self.operator("ggml_new_graph")
+        function("ggml_build_forward_expand")(self._graph, out)
+        buffer = function("ggml_backend_alloc_ctx_tensors")(self._context, self._backend)
+        self._owned.callback(function("ggml_backend_buffer_free"), buffer)
+        for made, data in self._contents:
+            function("ggml_backend_tensor_set")(made, pointer(data), 0, data.nbytes)
+
+    def run(self) -> None:
+        """Computes. RuntimeError if ggml reports a failure."""
+        status = function("ggml_backend_graph_compute")(self._backend, self._graph)
+        if status != 0:
+            raise RuntimeError(f"ggml could not compute the graph: status {status}")
+
+    def read(self, tensor: int, into: NDArray) -> NDArray:
+        """`into`, filled with what the tensor holds."""
+        function("ggml_backend_tensor_get")(tensor, pointer(into), 0, into.nbytes)
+        return into

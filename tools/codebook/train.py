@@ -52,19 +52,16 @@ class Codec(ctypes.Structure):
         ("b", ctypes.c_int8 * 16),
         ("p", ctypes.c_int8 * 16),
         ("codebook", ctypes.c_int8 * 256),
-        ("by_low", ctypes.c_int8 * 256),
     ]
 
 
 def build_codec(folder: Path) -> ctypes.CDLL:
     """The codec without ggml: the SIMD encoder, which is the reference's bit for bit, and the reference's decoder."""
-    lib = folder / "libturbo.so"
-    subprocess.run(
-        [os.environ.get("CC", "cc"), "-std=gnu11", "-O3", "-march=native", "-ffp-contract=off", "-shared", "-fPIC",
-         "-DGGML_TURBO_STANDALONE", f"-I{SOURCE}", "-o", lib, SOURCE / "ggml-turbo.c", SOURCE / "cpu/turbo-cpu.c",
-         "-lm"],
-        check=True,
-    )
+    lib, reference = folder / "libturbo.so", folder / "ggml-turbo.o"
+    flags = ["-O3", "-march=native", "-ffp-contract=off", "-fPIC", "-DGGML_TURBO_STANDALONE", f"-I{SOURCE}"]
+    subprocess.run([os.environ.get("CC", "cc"), *flags, "-c", SOURCE / "ggml-turbo.c", "-o", reference], check=True)
+    cpu = SOURCE / "cpu" / "turbo-cpu.cpp"
+    subprocess.run([os.environ.get("CXX", "c++"), *flags, "-shared", cpu, reference, "-o", lib, "-lm"], check=True)
     return ctypes.CDLL(str(lib))
 
 
@@ -86,7 +83,6 @@ class Model:
         codec = Codec(self.bits, self.rms_factor / unit, self.max_factor / np.abs(codebook).max(), mse)
         codec.a[:], codec.b[:], codec.p[:] = a.tolist(), b.tolist(), self.p.tolist()
         codec.codebook[:] = codebook.tolist()
-        codec.by_low[:] = codebook.reshape(-1, 1 << self.bits).T.ravel().tolist()
         return codec
 
 
@@ -195,7 +191,7 @@ def header(codecs: list[Codec]) -> str:
     entries = []
     for c in codecs:
         fields = "".join(f"        .{name:<12} = {c_array(list(getattr(c, name)), '        ')},\n"
-                         for name in ("a", "b", "p", "codebook", "by_low"))
+                         for name in ("a", "b", "p", "codebook"))
         entries.append("    {\n"
                        f"        .bits         = {c.bits},\n"
                        f"        .rms_to_scale = {float(c.rms_to_scale):.9g}f,\n"
