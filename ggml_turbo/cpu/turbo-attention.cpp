@@ -29,6 +29,7 @@ namespace {
 
 constexpr int ROWS  = 64; // rows of a task at most
 constexpr int KEYS  = 64; // keys decoded at a time
+constexpr int AHEAD = 16; // keys whose memory is asked for ahead of their decoding
 constexpr int CHUNK = QK_TURBO; // values of a head that are decoded, scaled and summed together
 constexpr int SPLIT_KEYS  = 256; // keys of a range at least
 constexpr int SPLIT_TASKS = 128; // tasks wanted, where there are keys enough
@@ -72,6 +73,7 @@ void decode_int8(const char * from, size_t stride, int keys, int8_t * to, float 
     const turbo_codec * codec = turbo_get_codec(BITS);
     for (int key = 0; key < keys; ++key, from += stride) {
         const uint8_t * block = (const uint8_t *) from;
+        turbo_prefetch(from + AHEAD*stride);
         turbo_store_keys(turbo_entries(codec, BITS, block), to + key*CHUNK);
         scales[key] = turbo_stored_scale(BITS, block);
     }
@@ -84,6 +86,8 @@ void decode_int16(const char * from, size_t stride, int keys, int32_t * to, floa
     const turbo_codec * codec = turbo_get_codec(BITS);
     for (int key = 0; key < keys; key += 2, from += 2*stride, to += CHUNK) {
         const uint8_t * block0 = (const uint8_t *) from, * block1 = key + 1 < keys ? block0 + stride : block0;
+        turbo_prefetch(from + AHEAD*stride);
+        turbo_prefetch(from + (AHEAD + 1)*stride);
         turbo_store_values(turbo_entries(codec, BITS, block0), turbo_entries(codec, BITS, block1), to);
         scales[key]     = turbo_stored_scale(BITS, block0);
         scales[key + 1] = turbo_stored_scale(BITS, block1);
@@ -101,25 +105,44 @@ void transpose_tile(const int32_t * rows, int columns, int32_t * to) { // KEYS x
 
 // ---- the products, for R rows at a time ----
 
+// Vectors of R rows that stay in registers; in memory, rows are `stride` floats apart.
+template <int R, int STEP>
+struct register_tile {
+    turbo_f32 x[R][STEP];
+
+    void zero() {
+        each([&](int r, int j) { x[r][j] = turbo_f32_set1(0.0f); });
+    }
+
+    void load(const float * from, int64_t stride) {
+        each([&](int r, int j) { x[r][j] = turbo_f32_load(from + r*stride + j*TURBO_F32_LANES); });
+    }
+
+    void store(float * to, int64_t stride) const {
+        each([&](int r, int j) { turbo_f32_store(to + r*stride + j*TURBO_F32_LANES, x[r][j]); });
+    }
+
+    template <typename F>
+    static void each(F && f) {
+        for (int r = 0; r < R; ++r) {
+            for (int j = 0; j < STEP; ++j) {
+                f(r, j);
+            }
+        }
+    }
+};
+
 // scores[r][key] = sum over chunks of scale_q * scale_k * dot of int8; keys: [chunk][16][KEYS] words of 4 bytes
 template <int R>
 void score_int8(const int32_t * query, const float * query_scale, const int32_t * query_sum, const int32_t * keys,
                 const float * key_scale, int chunks, float * scores) {
     constexpr int STEP = TURBO_SCORE_KEYS, WORDS = CHUNK/4;
+    register_tile<R, STEP> sum;
     for (int key = 0; key < KEYS; key += STEP*TURBO_F32_LANES) {
-        turbo_f32 sum[R][STEP];
-        for (int r = 0; r < R; ++r) {
-            for (int j = 0; j < STEP; ++j) {
-                sum[r][j] = turbo_f32_set1(0.0f);
-            }
-        }
+        sum.zero();
         for (int c = 0; c < chunks; ++c) {
             turbo_i32 dot[R][STEP];
-            for (int r = 0; r < R; ++r) {
-                for (int j = 0; j < STEP; ++j) {
-                    dot[r][j] = turbo_i32_set1(-TURBO_KEY_BIAS*query_sum[r*chunks + c]);
-                }
-            }
+            sum.each([&](int r, int j) { dot[r][j] = turbo_i32_set1(-TURBO_KEY_BIAS*query_sum[r*chunks + c]); });
             for (int w = c*WORDS; w < (c + 1)*WORDS; ++w) {
                 for (int j = 0; j < STEP; ++j) {
                     const turbo_i32 k = turbo_i32_load(keys + w*KEYS + key + j*TURBO_F32_LANES);
@@ -128,19 +151,13 @@ void score_int8(const int32_t * query, const float * query_scale, const int32_t 
                     }
                 }
             }
-            for (int j = 0; j < STEP; ++j) {
+            sum.each([&](int r, int j) {
                 const turbo_f32 scale_k = turbo_f32_load(key_scale + c*KEYS + key + j*TURBO_F32_LANES);
-                for (int r = 0; r < R; ++r) {
-                    const turbo_f32 scale = turbo_f32_mul(scale_k, turbo_f32_set1(query_scale[r*chunks + c]));
-                    sum[r][j] = turbo_f32_fma(turbo_f32_from_i32(dot[r][j]), scale, sum[r][j]);
-                }
-            }
+                const turbo_f32 scale   = turbo_f32_mul(scale_k, turbo_f32_set1(query_scale[r*chunks + c]));
+                sum.x[r][j] = turbo_f32_fma(turbo_f32_from_i32(dot[r][j]), scale, sum.x[r][j]);
+            });
         }
-        for (int r = 0; r < R; ++r) {
-            for (int j = 0; j < STEP; ++j) {
-                turbo_f32_store(scores + r*KEYS + key + j*TURBO_F32_LANES, sum[r][j]);
-            }
-        }
+        sum.store(scores + key, KEYS);
     }
 }
 
@@ -148,30 +165,21 @@ void score_int8(const int32_t * query, const float * query_scale, const int32_t 
 template <int R>
 void score_f32(const float * query, const float * keys, int values, float * scores) {
     constexpr int STEP = TURBO_SCORE_KEYS;
+    register_tile<R, STEP> sum;
     for (int key = 0; key < KEYS; key += STEP*TURBO_F32_LANES) {
-        turbo_f32 sum[R][STEP];
-        for (int r = 0; r < R; ++r) {
-            for (int j = 0; j < STEP; ++j) {
-                sum[r][j] = turbo_f32_set1(0.0f);
-            }
-        }
+        sum.zero();
         for (int d = 0; d < values; ++d) {
             for (int j = 0; j < STEP; ++j) {
                 const turbo_f32 k = turbo_f32_load(keys + d*KEYS + key + j*TURBO_F32_LANES);
                 for (int r = 0; r < R; ++r) {
-                    sum[r][j] = turbo_f32_fma(k, turbo_f32_set1(query[r*values + d]), sum[r][j]);
+                    sum.x[r][j] = turbo_f32_fma(k, turbo_f32_set1(query[r*values + d]), sum.x[r][j]);
                 }
             }
         }
-        for (int r = 0; r < R; ++r) {
-            for (int j = 0; j < STEP; ++j) {
-                turbo_f32_store(scores + r*KEYS + key + j*TURBO_F32_LANES, sum[r][j]);
-            }
-        }
+        sum.store(scores + key, KEYS);
     }
 }
 
-// out[r][0 .. 64) += sum over keys of weights[r][key] * values[key][0 .. 64)
 // A row's KEYS weights times the scales of the values, in units of the number that is returned.
 float round_weights(const float * weights, const float * scales, int16_t * rounded) {
     turbo_f32 largest = turbo_f32_set1(0.0f);
@@ -192,30 +200,22 @@ float round_weights(const float * weights, const float * scales, int16_t * round
 template <int R>
 void add_int16(const int32_t * weights, const float * units, const int32_t * values, int n_keys, float * out, int64_t out_stride) {
     constexpr int STEP = TURBO_VALUE_STEP;
+    register_tile<R, STEP> total;
     for (int d = 0; d < CHUNK; d += STEP*TURBO_F32_LANES) {
         turbo_i32 sum[R][STEP];
-        for (int r = 0; r < R; ++r) {
-            for (int j = 0; j < STEP; ++j) {
-                sum[r][j] = turbo_i32_set1(0);
-            }
-        }
+        total.each([&](int r, int j) { sum[r][j] = turbo_i32_set1(0); });
         for (int pair = 0; 2*pair < n_keys; ++pair) {
             turbo_i32 v[STEP];
             for (int j = 0; j < STEP; ++j) {
                 v[j] = turbo_i32_load(values + pair*CHUNK + d + j*TURBO_F32_LANES);
             }
-            for (int r = 0; r < R; ++r) {
-                for (int j = 0; j < STEP; ++j) {
-                    sum[r][j] = turbo_i32_dot2(sum[r][j], v[j], weights[r*KEYS/2 + pair]);
-                }
-            }
+            total.each([&](int r, int j) { sum[r][j] = turbo_i32_dot2(sum[r][j], v[j], weights[r*KEYS/2 + pair]); });
         }
-        for (int r = 0; r < R; ++r) {
-            for (int j = 0; j < STEP; ++j) {
-                float * to = out + r*out_stride + d + j*TURBO_F32_LANES;
-                turbo_f32_store(to, turbo_f32_fma(turbo_f32_from_i32(sum[r][j]), turbo_f32_set1(units[r]), turbo_f32_load(to)));
-            }
-        }
+        total.load(out + d, out_stride);
+        total.each([&](int r, int j) {
+            total.x[r][j] = turbo_f32_fma(turbo_f32_from_i32(sum[r][j]), turbo_f32_set1(units[r]), total.x[r][j]);
+        });
+        total.store(out + d, out_stride);
     }
 }
 
@@ -223,30 +223,19 @@ void add_int16(const int32_t * weights, const float * units, const int32_t * val
 template <int R>
 void add_f32(const float * weights, const float * values, int n_keys, float * out, int64_t out_stride) {
     constexpr int STEP = TURBO_VALUE_STEP;
+    register_tile<R, STEP> total;
     for (int d = 0; d < CHUNK; d += STEP*TURBO_F32_LANES) {
-        turbo_f32 sum[R][STEP];
-        for (int r = 0; r < R; ++r) {
-            for (int j = 0; j < STEP; ++j) {
-                sum[r][j] = turbo_f32_load(out + r*out_stride + d + j*TURBO_F32_LANES);
-            }
-        }
+        total.load(out + d, out_stride);
         for (int key = 0; key < n_keys; ++key) {
             turbo_f32 v[STEP];
             for (int j = 0; j < STEP; ++j) {
                 v[j] = turbo_f32_load(values + key*CHUNK + d + j*TURBO_F32_LANES);
             }
-            for (int r = 0; r < R; ++r) {
-                const turbo_f32 w = turbo_f32_set1(weights[r*KEYS + key]);
-                for (int j = 0; j < STEP; ++j) {
-                    sum[r][j] = turbo_f32_fma(w, v[j], sum[r][j]);
-                }
-            }
+            total.each([&](int r, int j) {
+                total.x[r][j] = turbo_f32_fma(turbo_f32_set1(weights[r*KEYS + key]), v[j], total.x[r][j]);
+            });
         }
-        for (int r = 0; r < R; ++r) {
-            for (int j = 0; j < STEP; ++j) {
-                turbo_f32_store(out + r*out_stride + d + j*TURBO_F32_LANES, sum[r][j]);
-            }
-        }
+        total.store(out + d, out_stride);
     }
 }
 
@@ -419,10 +408,12 @@ struct attention {
         const int64_t chunks = size_k/CHUNK;
         for (int64_t c = 0; c < chunks; ++c) {
             int8_t * quantized = (int8_t *) s.query + r*size_k + c*CHUNK;
-            float largest = 0.0f;
-            for (int i = 0; i < CHUNK; ++i) {
-                largest = std::max(largest, fabsf(x[c*CHUNK + i]));
+            turbo_f32 lanes = turbo_f32_set1(0.0f);
+            for (int i = c*CHUNK; i < (c + 1)*CHUNK; i += TURBO_F32_LANES) {
+                const turbo_f32 v = turbo_f32_load(x + i);
+                lanes = turbo_f32_max(lanes, turbo_f32_max(v, turbo_f32_sub(turbo_f32_set1(0.0f), v)));
             }
+            const float largest = turbo_f32_largest(lanes);
             const float to_int8 = largest > 0.0f ? 127.0f/largest : 0.0f;
             int32_t sum = 0;
             for (int i = 0; i < CHUNK; ++i) {
@@ -544,10 +535,11 @@ struct attention {
     }
 
     void run_task(int64_t task, const scratch & s, float * work) const {
-        const int64_t range   = task % n_ranges;
-        const int64_t row0    = task/n_ranges % n_tiles*ROWS;
-        const int64_t kv_head = task/n_ranges/n_tiles % n_kv_heads;
-        const int64_t stream  = task/n_ranges/n_tiles/n_kv_heads;
+        // heads first: those of a token lie side by side in the cache and share lines of memory
+        const int64_t kv_head = task % n_kv_heads;
+        const int64_t range   = task/n_kv_heads % n_ranges;
+        const int64_t row0    = task/n_kv_heads/n_ranges % n_tiles*ROWS;
+        const int64_t stream  = task/n_kv_heads/n_ranges/n_tiles;
         const int     n       = (int) std::min<int64_t>(ROWS, n_rows - row0);
 
         partial rows[ROWS];

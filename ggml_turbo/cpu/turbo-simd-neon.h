@@ -9,6 +9,10 @@
 #define TURBO_SIMD  "neon"
 #define TURBO_LANES 16
 
+static inline void turbo_prefetch(const void * p) {
+    __builtin_prefetch(p);
+}
+
 // ---- trellis search ----
 
 typedef uint8x16_t turbo_u8;

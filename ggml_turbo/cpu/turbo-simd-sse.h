@@ -1,8 +1,12 @@
 #pragma once
 
-// 8 lanes of 16 bits (SSE 4.1): what both x86 versions use to trace the best path back.
+// What both x86 versions share: 8 lanes of 16 bits (SSE 4.1), to trace the best path back.
 
 #include <immintrin.h>
+
+static inline void turbo_prefetch(const void * p) {
+    _mm_prefetch((const char *) p, _MM_HINT_T0);
+}
 
 typedef __m128i turbo_u16x8;
 

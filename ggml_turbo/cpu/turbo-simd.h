@@ -25,6 +25,7 @@
 //     turbo_store_values    entries of two keys as words of 16 bits and 16 bits, for the following
 //     turbo_i32_dot2        sum + dot product of each word's two entries with two weights of 16 bits
 //     turbo_f32_store_int16 rounded and saturated
+//     turbo_prefetch        asks for the memory at an address, which need not exist
 //     turbo_transpose       TURBO_F32_LANES x TURBO_F32_LANES words
 //
 // TURBO_LANES is not defined where there are none; the scalar reference then does the work.
