@@ -15,7 +15,7 @@ SCALE_BIAS = 40
 MAX_INPUT = np.float32(2.0**29)
 AROUND_GUESS = (np.float32(0.94), np.float32(1.06))
 MAX_TARGET, MAX_COST, RENORMALIZE = 254, 255, 4
-COST_FACTOR = {2: 20, 3: 28, 4: 52}
+COST_FACTOR = {2: 14, 3: 28, 4: 52}
 STATES = np.arange(256)
 
 
