@@ -31,10 +31,13 @@ void turbo_dequantize_block(const turbo_codec * codec, const uint8_t * block, fl
 //
 // State s follows the states (s << k | t) mod 256, t < 2^k: all that share s's low 8-k bits as their high bits.
 
-// Cost of a path that goes on with a codebook entry for a target, from the cost of the best path that can.
-static inline uint8_t turbo_path_cost(const turbo_codec * codec, uint8_t best, int16_t target, int state) {
-    const int cost = best + turbo_step_cost(codec->bits, target, codec->codebook[state]);
-    return (uint8_t) (cost < TURBO_MAX_COST ? cost : TURBO_MAX_COST);
+// Cost of a path that goes on with a codebook entry for a target, from the cost of the best path that can. The step
+// costs twice the squared distance, in codebook units, rounded; the distance saturates at 128 units.
+static inline uint16_t turbo_path_cost(uint16_t best, int16_t target, int8_t entry) {
+    int32_t d = target - 256*entry;
+    d = d > INT16_MAX ? INT16_MAX : d < INT16_MIN ? INT16_MIN : d;
+    const int32_t cost = best + ((d*d + (1 << 14)) >> 15);
+    return (uint16_t) (cost > UINT16_MAX ? UINT16_MAX : cost);
 }
 
 static void turbo_search_one(const turbo_codec * codec, turbo_candidate * candidate) {
@@ -44,17 +47,17 @@ static void turbo_search_one(const turbo_codec * codec, turbo_candidate * candid
     candidate->cost = 0;
     memset(paths->best[0], 0, sizeof(paths->best[0])); // every start is free
     for (int i = 0; i < QK_TURBO; ++i) {
-        uint8_t cost[TURBO_STATES];
+        uint16_t cost[TURBO_STATES];
         for (int code = 0; code < n_codes; ++code) {
             for (int u = 0; u < n_shared; ++u) {
                 const int s = code*n_shared + u;
-                cost[s] = turbo_path_cost(codec, paths->best[i][u], target[i], s);
+                cost[s] = turbo_path_cost(paths->best[i][u], target[i], codec->codebook[s]);
             }
         }
-        uint8_t * next = paths->best[i + 1];
-        uint8_t smallest = TURBO_MAX_COST;
+        uint16_t * next = paths->best[i + 1];
+        uint16_t smallest = UINT16_MAX;
         for (int u = 0; u < n_shared; ++u) {
-            next[u] = TURBO_MAX_COST;
+            next[u] = UINT16_MAX;
             for (int s = u*n_codes; s < (u + 1)*n_codes; ++s) {
                 next[u] = cost[s] < next[u] ? cost[s] : next[u];
             }
@@ -69,24 +72,22 @@ static void turbo_search_one(const turbo_codec * codec, turbo_candidate * candid
     }
 }
 
-static void turbo_search(const turbo_codec * codec, const void * tables, turbo_candidate * candidates) {
-    (void) tables;
+static void turbo_search(const turbo_codec * codec, turbo_candidate * candidates) {
     turbo_search_one(codec, &candidates[0]);
     turbo_search_one(codec, &candidates[1]);
 }
 
-static void turbo_traceback(const turbo_codec * codec, const void * tables, int n,
-                            const turbo_candidate * const * candidates, uint8_t states[][QK_TURBO]) {
-    (void) tables;
+static void turbo_traceback(const turbo_codec * codec, int n, const turbo_candidate * const * candidates,
+                            uint8_t states[][QK_TURBO]) {
     const int n_shared = 1 << (8 - codec->bits), n_codes = 1 << codec->bits;
     for (int j = 0; j < n; ++j) {
         const int16_t * target = candidates[j]->target;
         int first = 0, end = TURBO_STATES; // what states[j][i] can be
         for (int i = QK_TURBO - 1; i >= 0; --i) {
-            const uint8_t * best = candidates[j]->paths.best[i];
-            int smallest = TURBO_MAX_COST + 1;
+            const uint16_t * best = candidates[j]->paths.best[i];
+            int smallest = UINT16_MAX + 1;
             for (int s = first; s < end; ++s) {
-                const int cost = turbo_path_cost(codec, best[s % n_shared], target[i], s);
+                const int cost = turbo_path_cost(best[s % n_shared], target[i], codec->codebook[s]);
                 if (cost < smallest) {
                     smallest     = cost;
                     states[j][i] = (uint8_t) s;
@@ -99,7 +100,7 @@ static void turbo_traceback(const turbo_codec * codec, const void * tables, int 
 }
 
 void turbo_quantize_block(const turbo_codec * codec, const float * x, uint8_t * block) {
-    turbo_encode_blocks(codec, NULL, 1, x, block, turbo_search, turbo_traceback);
+    turbo_encode_blocks(codec, 1, x, block, turbo_search, turbo_traceback);
 }
 
 // ---- rows ----

@@ -56,6 +56,7 @@ typedef struct {
     float  mse;                       // mean squared error on N(0,1), measured by tools/codebook on held-out data
     int8_t a[16], b[16], p[16];       // what the codebook is built of
     int8_t codebook[TURBO_STATES];
+    int8_t by_low[TURBO_STATES];      // codebook[u << k | t] at [t << (8-k) | u]: the order of a SIMD search
 } turbo_codec;
 
 TURBO_API const turbo_codec * turbo_get_codec(int bits); // bits 2, 3, 4; otherwise NULL

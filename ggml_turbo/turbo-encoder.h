@@ -12,46 +12,31 @@
 #include <string.h>
 
 // best[i][u], u < 2^(8-k): the smallest cost of a path over the first i values that can go on to a state with
-// the low bits u. SIMD loads may reach past the last row's end.
+// the low bits u. SIMD loads and stores may reach past the last row's end.
 typedef struct {
-    uint8_t best[QK_TURBO + 1][64];
-    uint8_t past_the_end[8];
+    uint16_t best[QK_TURBO + 1][64];
+    uint16_t past_the_end[16];
 } turbo_paths;
 
 // What a search works on: one candidate for the scale of one block.
 typedef struct {
     int         scale_code;
-    int16_t     target[QK_TURBO]; // the values in halves of a codebook unit
+    int16_t     target[QK_TURBO]; // the values in codebook units, 8 fractional bits
     turbo_paths paths;
     uint32_t    cost;             // of the best path
 } turbo_candidate;
 
 // Searches have to wait for their own last step, so two go side by side; so do two tracebacks, of different blocks.
 
-// Fills paths and cost of both candidates from their targets. tables: what the implementation looks up, if anything.
-typedef void (*turbo_search_t)(const turbo_codec * codec, const void * tables, turbo_candidate * candidates);
+// Fills paths and cost of both candidates from their targets.
+typedef void (*turbo_search_t)(const turbo_codec * codec, turbo_candidate * candidates);
 
 // The states of the best paths of n candidates, 1 or 2; ties go to the smaller state.
-typedef void (*turbo_traceback_t)(const turbo_codec * codec, const void * tables, int n,
-                                  const turbo_candidate * const * candidates, uint8_t states[][QK_TURBO]);
+typedef void (*turbo_traceback_t)(const turbo_codec * codec, int n, const turbo_candidate * const * candidates,
+                                  uint8_t states[][QK_TURBO]);
 
-#define TURBO_MAX_TARGET 254 // magnitude: the reach of the codebook
-
-// Costs are 8 bits wide and saturate; after this many values the smallest is taken off all.
-#define TURBO_MAX_COST    255
-#define TURBO_RENORMALIZE 4
-
-// What a step from a target to a codebook entry costs is their squared distance in a unit that makes it 3 to 8 on
-// average: finer, and costs would saturate too often; coarser, and rounding would decide.
-static inline int turbo_cost_factor(int bits) {
-    return bits == 2 ? 14 : bits == 3 ? 28 : 52;
-}
-
-static inline int turbo_step_cost(int bits, int target, int entry) {
-    const int d    = turbo_cost_factor(bits)*(target - 2*entry);
-    const int cost = (d*d + (1 << 14)) >> 15;
-    return cost < TURBO_MAX_COST ? cost : TURBO_MAX_COST;
-}
+// Costs are 16 bits wide and saturate; after this many values the smallest is taken off all.
+#define TURBO_RENORMALIZE 16
 
 // ---- scale ----
 
@@ -124,13 +109,13 @@ static inline float turbo_rms(const float * x) {
     return sqrtf(sum[0] / QK_TURBO);
 }
 
-// x in halves of a codebook unit.
+// x in codebook units, 8 fractional bits.
 static inline void turbo_targets(const float * x, float scale, int16_t * target) {
-    const float to_halves = 2.0f / scale, limit = TURBO_MAX_TARGET;
+    const float to_units = 256.0f / scale;
     for (int i = 0; i < QK_TURBO; ++i) {
-        const float t = x[i]*to_halves;
-        const float u = t > limit ? limit : t;
-        target[i] = (int16_t) rintf(u < -limit ? -limit : u);
+        const float t = x[i]*to_units;
+        const float u = t > 32767.0f ? 32767.0f : t;
+        target[i] = (int16_t) rintf(u < -32767.0f ? -32767.0f : u);
     }
 }
 
@@ -147,7 +132,7 @@ static inline int turbo_fit_scale(const turbo_codec * codec, const int16_t * tar
     if (xc <= 0) {
         return code;
     }
-    return turbo_scale_code(codec->bits, turbo_scale_value(codec->bits, code)*((float) xc / (float) (2*cc)));
+    return turbo_scale_code(codec->bits, turbo_scale_value(codec->bits, code)*((float) xc / (float) (256*cc)));
 }
 
 static inline void turbo_pack(int bits, int scale_code, const uint8_t * states, uint8_t * block) {
@@ -169,7 +154,7 @@ static inline void turbo_pack(int bits, int scale_code, const uint8_t * states, 
 // ---- the whole of it ----
 
 // Chooses two candidates for the scale, searches both and returns the better one; NULL for a block of zeros.
-static inline const turbo_candidate * turbo_best_candidate(const turbo_codec * codec, const void * tables, const float * x,
+static inline const turbo_candidate * turbo_best_candidate(const turbo_codec * codec, const float * x,
                                                            turbo_candidate * candidates, turbo_search_t search) {
     static const float around_guess[2] = { 0.94f, 1.06f };
 
@@ -186,15 +171,15 @@ static inline const turbo_candidate * turbo_best_candidate(const turbo_codec * c
         scale[j] = turbo_scale_value(codec->bits, candidates[j].scale_code);
         turbo_targets(clean, scale[j], candidates[j].target);
     }
-    search(codec, tables, candidates);
+    search(codec, candidates);
     const float error0 = (float) candidates[0].cost*(scale[0]*scale[0]);
     const float error1 = (float) candidates[1].cost*(scale[1]*scale[1]);
     return &candidates[error1 < error0];
 }
 
 // 1 or 2 blocks.
-static inline void turbo_encode_blocks(const turbo_codec * codec, const void * tables, int n_blocks, const float * x,
-                                       uint8_t * blocks, turbo_search_t search, turbo_traceback_t traceback) {
+static inline void turbo_encode_blocks(const turbo_codec * codec, int n_blocks, const float * x, uint8_t * blocks,
+                                       turbo_search_t search, turbo_traceback_t traceback) {
     const int               size = TURBO_BLOCK_BYTES(codec->bits);
     turbo_candidate         candidates[2][2];
     const turbo_candidate * best[2];
@@ -204,14 +189,14 @@ static inline void turbo_encode_blocks(const turbo_codec * codec, const void * t
     int n = 0; // blocks that are not all zeros
     for (int i = 0; i < n_blocks; ++i) {
         block[n] = blocks + i*size;
-        best[n]  = turbo_best_candidate(codec, tables, x + i*QK_TURBO, candidates[n], search);
+        best[n]  = turbo_best_candidate(codec, x + i*QK_TURBO, candidates[n], search);
         if (best[n]) {
             ++n;
         } else {
             memset(block[n], 0, size);
         }
     }
-    traceback(codec, tables, n, best, states);
+    traceback(codec, n, best, states);
     for (int i = 0; i < n; ++i) {
         const int scale_code = turbo_fit_scale(codec, best[i]->target, states[i], best[i]->scale_code);
         turbo_pack(codec->bits, scale_code, states[i], block[i]);

@@ -65,13 +65,14 @@ def test_format_by_hand():
 
 @each_type
 def test_codebook_is_three_tables(name: str):
-    """The tables that SIMD decoders shuffle by are the codebook."""
+    """The tables that SIMD decoders shuffle by, and the order that SIMD encoders search in, are the codebook."""
     text = (SOURCE / "turbo-tables.h").read_text().split(".bits")[NAMES.index(name) + 1]
     table = {key: np.array(text.split(f".{key} ")[1].split("{")[1].split("}")[0].split(","), int)
-             for key in ("a", "b", "p", "codebook")}
+             for key in ("a", "b", "p", "codebook", "by_low")}
     state = np.arange(256)
     low, high = state & 15, state >> 4
     assert np.array_equal(table["codebook"], table["a"][low] + table["b"][high ^ table["p"][low]])
+    assert np.array_equal(table["by_low"], table["codebook"].reshape(-1, 1 << CODECS[name].bits).T.ravel())
     assert np.abs(table["codebook"]).max() <= 127
 
 
@@ -103,7 +104,7 @@ def test_library_and_numpy_agree_to_the_bit(name: str):
 
 @pytest.mark.parametrize("build", instruction_sets.BUILDS)
 def test_simd_agrees_with_reference(build: str, tmp_path: Path):
-    sources = [ROOT / "tests" / "codec_simd.c", SOURCE / "ggml-turbo.c", SOURCE / "cpu" / "turbo-cpu.cpp"]
+    sources = [ROOT / "tests" / "codec_simd.c", SOURCE / "ggml-turbo.c", SOURCE / "cpu" / "turbo-cpu.c"]
     program = instruction_sets.compile(build, tmp_path / "codec_simd", sources, "-DGGML_TURBO_STANDALONE")
     result = subprocess.run(program, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

@@ -6,58 +6,72 @@
 #include "turbo-windows.h"
 
 #define TURBO_SIMD  "avx2"
-#define TURBO_LANES 32
+#define TURBO_LANES 16
 
 // ---- trellis search ----
 
-typedef __m256i turbo_u8;
+typedef __m256i turbo_u16;
 
-static inline turbo_u8 turbo_u8_set1(uint8_t x)                  { return _mm256_set1_epi8((char) x); }
-static inline turbo_u8 turbo_u8_load(const uint8_t * p)          { return _mm256_loadu_si256((const __m256i *) p); }
-static inline void     turbo_u8_store(uint8_t * p, turbo_u8 x)   { _mm256_storeu_si256((__m256i *) p, x); }
-static inline turbo_u8 turbo_u8_min(turbo_u8 a, turbo_u8 b)      { return _mm256_min_epu8(a, b); }
-static inline turbo_u8 turbo_u8_sub(turbo_u8 a, turbo_u8 b)      { return _mm256_sub_epi8(a, b); }
-static inline turbo_u8 turbo_u8_add_sat(turbo_u8 a, turbo_u8 b)  { return _mm256_adds_epu8(a, b); }
+static inline turbo_u16 turbo_u16_set1(uint16_t x)                  { return _mm256_set1_epi16((short) x); }
+static inline void      turbo_u16_store(uint16_t * p, turbo_u16 x)  { _mm256_storeu_si256((__m256i *) p, x); }
+static inline turbo_u16 turbo_u16_min(turbo_u16 a, turbo_u16 b)     { return _mm256_min_epu16(a, b); }
+static inline turbo_u16 turbo_u16_sub(turbo_u16 a, turbo_u16 b)     { return _mm256_sub_epi16(a, b); }
+static inline turbo_u16 turbo_u16_add_sat(turbo_u16 a, turbo_u16 b) { return _mm256_adds_epu16(a, b); }
 
-static inline uint8_t turbo_u8_first(turbo_u8 x) {
-    return (uint8_t) _mm_cvtsi128_si32(_mm256_castsi256_si128(x));
+static inline turbo_u16 turbo_u16_step_cost(turbo_u16 target, turbo_u16 entry) {
+    const __m256i d = _mm256_subs_epi16(target, entry);
+    return _mm256_mulhrs_epi16(d, d);
 }
 
-static inline turbo_u8 turbo_u8_smallest(turbo_u8 x) {
-    const __m128i half = _mm_min_epu8(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
-    return _mm256_broadcastb_epi8(turbo_smallest_of_16(half));
+static inline turbo_u16 turbo_u16_entries(const int8_t * p) {
+    return _mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *) p)), 8);
 }
 
-static inline turbo_u8 turbo_u8_fold(int bits, turbo_u8 x) {
-    return bits == 4 ? _mm256_min_epu8(x, _mm256_permute2x128_si256(x, x, 0x01)) : x;
+static inline uint16_t turbo_u16_smallest(turbo_u16 x) {
+    return (uint16_t) (turbo_u16x8_argmin(_mm_min_epu16(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1))) >> 16);
 }
 
-static inline void turbo_u8_spread(int bits, const turbo_u8 * best, turbo_u8 * spread) {
-    if (bits == 4) { // vector v: t of 2v and 2v + 1, which is the shared bits; best is in both halves
-        const __m256i halves = _mm256_set_m128i(_mm_set1_epi8(1), _mm_setzero_si128());
-        for (int v = 0; v < 8; ++v) {
-            spread[v] = _mm256_shuffle_epi8(best[0], _mm256_add_epi8(halves, _mm256_set1_epi8((char) (2*v))));
+static inline __m256i turbo_broadcast64(const uint16_t * p) {
+    return _mm256_broadcastq_epi64(_mm_loadl_epi64((const __m128i *) p));
+}
+
+static inline void turbo_u16_spread(int bits, const turbo_u16 * best, turbo_u16 * spread) {
+    if (bits == 4) { // states 16*lane + t: low bits t
+        const __m256i half[2] = { _mm256_permute4x64_epi64(best[0], 0x44), _mm256_permute4x64_epi64(best[0], 0xee) };
+        for (int t = 0; t < 16; ++t) {
+            spread[t] = _mm256_shuffle_epi8(half[t/8], _mm256_set1_epi16((short) (0x0100 + 0x0202*(t % 8))));
         }
-    } else if (bits == 3) { // vector t, lane u: shared bits 8*(u % 4) + t; a transposition of 4 x 8
-        const __m256i columns = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15));
-        const __m256i pairs   = _mm256_shuffle_epi8(best[0], columns);
-        const __m256i low     = _mm256_permute4x64_epi64(pairs, 0x44), high = _mm256_permute4x64_epi64(pairs, 0xee);
-        const __m256i quads[2] = { _mm256_unpacklo_epi16(low, high), _mm256_unpackhi_epi16(low, high) };
-        for (int t = 0; t < 8; t += 4) {
-            spread[t]     = _mm256_shuffle_epi32(quads[t/4], 0x00);
-            spread[t + 1] = _mm256_shuffle_epi32(quads[t/4], 0x55);
-            spread[t + 2] = _mm256_shuffle_epi32(quads[t/4], 0xaa);
-            spread[t + 3] = _mm256_shuffle_epi32(quads[t/4], 0xff);
+    } else if (bits == 3) { // states 8*lane + t: low bits 8*(lane % 4) + t; a transposition of 4 x 8
+        uint16_t quads[32];
+        const __m256i even = _mm256_unpacklo_epi16(best[0], _mm256_permute4x64_epi64(best[0], 0xee));
+        const __m256i odd  = _mm256_unpacklo_epi16(best[1], _mm256_permute4x64_epi64(best[1], 0xee));
+        const __m256i even_high = _mm256_unpackhi_epi16(best[0], _mm256_permute4x64_epi64(best[0], 0xee));
+        const __m256i odd_high  = _mm256_unpackhi_epi16(best[1], _mm256_permute4x64_epi64(best[1], 0xee));
+        const __m128i lo0 = _mm256_castsi256_si128(even),      lo1 = _mm256_castsi256_si128(odd);
+        const __m128i hi0 = _mm256_castsi256_si128(even_high), hi1 = _mm256_castsi256_si128(odd_high);
+        _mm_storeu_si128((__m128i *) (quads +  0), _mm_unpacklo_epi32(lo0, lo1));
+        _mm_storeu_si128((__m128i *) (quads +  8), _mm_unpackhi_epi32(lo0, lo1));
+        _mm_storeu_si128((__m128i *) (quads + 16), _mm_unpacklo_epi32(hi0, hi1));
+        _mm_storeu_si128((__m128i *) (quads + 24), _mm_unpackhi_epi32(hi0, hi1));
+        for (int t = 0; t < 8; ++t) {
+            spread[2*t] = spread[2*t + 1] = turbo_broadcast64(quads + 4*t);
         }
-    } else { // vectors 2t and 2t + 1, lane u: shared bits 4*(u % 16) + t; a transposition of 16 x 4
-        const __m256i columns = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
-        const __m256i low  = _mm256_shuffle_epi8(best[0], columns), high = _mm256_shuffle_epi8(best[1], columns);
-        const __m256i even = _mm256_setr_epi32(0, 4, 1, 5, 0, 4, 1, 5), odd = _mm256_setr_epi32(2, 6, 3, 7, 2, 6, 3, 7);
-        const __m256i t01  = _mm256_unpacklo_epi32(low, high), t23 = _mm256_unpackhi_epi32(low, high);
-        spread[0] = spread[1] = _mm256_permutevar8x32_epi32(t01, even);
-        spread[2] = spread[3] = _mm256_permutevar8x32_epi32(t01, odd);
-        spread[4] = spread[5] = _mm256_permutevar8x32_epi32(t23, even);
-        spread[6] = spread[7] = _mm256_permutevar8x32_epi32(t23, odd);
+    } else { // states 4*(16*j + lane) + t: low bits 4*lane + t; a transposition of 16 x 4
+        const __m256i pairs = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15));
+        const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+        const __m256i r0 = _mm256_shuffle_epi8(best[0], pairs), r1 = _mm256_shuffle_epi8(best[1], pairs);
+        const __m256i r2 = _mm256_shuffle_epi8(best[2], pairs), r3 = _mm256_shuffle_epi8(best[3], pairs);
+        const __m256i lo01 = _mm256_unpacklo_epi32(r0, r1), hi01 = _mm256_unpackhi_epi32(r0, r1);
+        const __m256i lo23 = _mm256_unpacklo_epi32(r2, r3), hi23 = _mm256_unpackhi_epi32(r2, r3);
+        const __m256i by_t[4] = {
+            _mm256_permutevar8x32_epi32(_mm256_unpacklo_epi64(lo01, lo23), order),
+            _mm256_permutevar8x32_epi32(_mm256_unpackhi_epi64(lo01, lo23), order),
+            _mm256_permutevar8x32_epi32(_mm256_unpacklo_epi64(hi01, hi23), order),
+            _mm256_permutevar8x32_epi32(_mm256_unpackhi_epi64(hi01, hi23), order),
+        };
+        for (int v = 0; v < 16; ++v) {
+            spread[v] = by_t[v/4];
+        }
     }
 }
 

@@ -5,56 +5,53 @@
 #include "turbo-simd-sse.h"
 
 #define TURBO_SIMD  "avx512"
-#define TURBO_LANES 64
+#define TURBO_LANES 32
 
 // ---- trellis search ----
 
-typedef __m512i turbo_u8;
+typedef __m512i turbo_u16;
 
-static inline turbo_u8 turbo_u8_set1(uint8_t x)                  { return _mm512_set1_epi8((char) x); }
-static inline turbo_u8 turbo_u8_load(const uint8_t * p)          { return _mm512_loadu_si512(p); }
-static inline void     turbo_u8_store(uint8_t * p, turbo_u8 x)   { _mm512_storeu_si512(p, x); }
-static inline turbo_u8 turbo_u8_min(turbo_u8 a, turbo_u8 b)      { return _mm512_min_epu8(a, b); }
-static inline turbo_u8 turbo_u8_sub(turbo_u8 a, turbo_u8 b)      { return _mm512_sub_epi8(a, b); }
-static inline turbo_u8 turbo_u8_add_sat(turbo_u8 a, turbo_u8 b)  { return _mm512_adds_epu8(a, b); }
+static inline turbo_u16 turbo_u16_set1(uint16_t x)                         { return _mm512_set1_epi16((short) x); }
+static inline void      turbo_u16_store(uint16_t * p, turbo_u16 x)         { _mm512_storeu_si512(p, x); }
+static inline turbo_u16 turbo_u16_min(turbo_u16 a, turbo_u16 b)            { return _mm512_min_epu16(a, b); }
+static inline turbo_u16 turbo_u16_sub(turbo_u16 a, turbo_u16 b)            { return _mm512_sub_epi16(a, b); }
+static inline turbo_u16 turbo_u16_add_sat(turbo_u16 a, turbo_u16 b)        { return _mm512_adds_epu16(a, b); }
 
-static inline uint8_t turbo_u8_first(turbo_u8 x) {
-    return (uint8_t) _mm_cvtsi128_si32(_mm512_castsi512_si128(x));
+static inline turbo_u16 turbo_u16_step_cost(turbo_u16 target, turbo_u16 entry) {
+    const __m512i d = _mm512_subs_epi16(target, entry);
+    return _mm512_mulhrs_epi16(d, d);
 }
 
-static inline turbo_u8 turbo_u8_smallest(turbo_u8 x) {
-    const __m256i half = _mm256_min_epu8(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64(x, 1));
-    const __m128i quarter = _mm_min_epu8(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
-    return _mm512_broadcastb_epi8(turbo_smallest_of_16(quarter));
+static inline turbo_u16 turbo_u16_entries(const int8_t * p) {
+    return _mm512_slli_epi16(_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *) p)), 8);
 }
 
-static inline turbo_u8 turbo_u8_fold(int bits, turbo_u8 x) {
-    if (bits > 2) {
-        x = _mm512_min_epu8(x, _mm512_shuffle_i64x2(x, x, 0x4e)); // halves
-    }
-    return bits > 3 ? _mm512_min_epu8(x, _mm512_shuffle_i64x2(x, x, 0xb1)) : x; // quarters
+static inline turbo_u16 turbo_u16_fold(turbo_u16 x) { // both halves become the minimum of the two
+    return _mm512_min_epu16(x, _mm512_shuffle_i64x2(x, x, _MM_SHUFFLE(1, 0, 3, 2)));
 }
 
-static const uint8_t turbo_lane[64] = {
-     0,  1,  2,  3,  4,  5,  6,  7,  8,  9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31,
-    32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43, 44, 45, 46, 47, 48, 49, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63,
+static inline uint16_t turbo_u16_smallest(turbo_u16 x) {
+    const __m256i y = _mm256_min_epu16(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64(x, 1));
+    return (uint16_t) (turbo_u16x8_argmin(_mm_min_epu16(_mm256_castsi256_si128(y), _mm256_extracti128_si256(y, 1))) >> 16);
+}
+
+static const int16_t turbo_lane[32] = {
+    0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31,
 };
 
-// Vector v, lane: the state is u << k | t, where t << (8-k) | u is 64*v + lane; its low bits are the shared ones.
-static inline void turbo_u8_spread(int bits, const turbo_u8 * best, turbo_u8 * spread) {
+static inline void turbo_u16_spread(int bits, const turbo_u16 * best, turbo_u16 * spread) {
     const __m512i lane = _mm512_loadu_si512(turbo_lane);
-    for (int v = 0; v < 4; ++v) {
-        const int t = v << (bits - 2);
-        __m512i shared;
-        if (bits == 4) { // t + lane/16
-            shared = _mm512_and_si512(_mm512_srli_epi16(lane, 4), _mm512_set1_epi8(3));
-        } else if (bits == 3) { // 8*(lane % 4) + t + lane/32
-            const __m512i high = _mm512_and_si512(_mm512_srli_epi16(lane, 5), _mm512_set1_epi8(1));
-            shared = _mm512_add_epi8(_mm512_slli_epi16(_mm512_and_si512(lane, _mm512_set1_epi8(3)), 3), high);
-        } else { // 4*(lane % 16) + t
-            shared = _mm512_slli_epi16(_mm512_and_si512(lane, _mm512_set1_epi8(15)), 2);
+    for (int v = 0; v < 8; ++v) {
+        if (bits == 4) { // states 16*lane + 2v (+1 in the upper half): low bits 2v (+1)
+            const __m512i u = _mm512_add_epi16(_mm512_srli_epi16(lane, 4), _mm512_set1_epi16((short) (2*v)));
+            spread[v] = _mm512_permutexvar_epi16(u, best[0]);
+        } else if (bits == 3) { // states 8*lane + v: low bits 8*(lane % 4) + v
+            const __m512i u = _mm512_slli_epi16(_mm512_and_si512(lane, _mm512_set1_epi16(3)), 3);
+            spread[v] = _mm512_permutexvar_epi16(_mm512_add_epi16(u, _mm512_set1_epi16((short) v)), best[0]);
+        } else { // states 4*(32*(v % 2) + lane) + v/2: low bits 4*(lane % 16) + v/2
+            const __m512i u = _mm512_slli_epi16(_mm512_and_si512(lane, _mm512_set1_epi16(15)), 2);
+            spread[v] = _mm512_permutex2var_epi16(best[0], _mm512_add_epi16(u, _mm512_set1_epi16((short) (v/2))), best[1]);
         }
-        spread[v] = _mm512_permutexvar_epi8(_mm512_add_epi8(shared, _mm512_set1_epi8((char) t)), best[0]);
     }
 }
 

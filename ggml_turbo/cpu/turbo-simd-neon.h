@@ -7,7 +7,7 @@
 #include "turbo-windows.h"
 
 #define TURBO_SIMD  "neon"
-#define TURBO_LANES 16
+#define TURBO_LANES 8
 
 static inline void turbo_prefetch(const void * p) {
     __builtin_prefetch(p);
@@ -15,45 +15,57 @@ static inline void turbo_prefetch(const void * p) {
 
 // ---- trellis search ----
 
-typedef uint8x16_t turbo_u8;
+typedef uint16x8_t turbo_u16;
 
-static inline turbo_u8 turbo_u8_set1(uint8_t x)                  { return vdupq_n_u8(x); }
-static inline turbo_u8 turbo_u8_load(const uint8_t * p)          { return vld1q_u8(p); }
-static inline void     turbo_u8_store(uint8_t * p, turbo_u8 x)   { vst1q_u8(p, x); }
-static inline turbo_u8 turbo_u8_min(turbo_u8 a, turbo_u8 b)      { return vminq_u8(a, b); }
-static inline turbo_u8 turbo_u8_sub(turbo_u8 a, turbo_u8 b)      { return vsubq_u8(a, b); }
-static inline turbo_u8 turbo_u8_add_sat(turbo_u8 a, turbo_u8 b)  { return vqaddq_u8(a, b); }
-static inline turbo_u8 turbo_u8_smallest(turbo_u8 x)             { return vdupq_n_u8(vminvq_u8(x)); }
-static inline uint8_t  turbo_u8_first(turbo_u8 x)                { return vgetq_lane_u8(x, 0); }
-static inline turbo_u8 turbo_u8_fold(int bits, turbo_u8 x)       { (void) bits; return x; }
+static inline turbo_u16 turbo_u16_set1(uint16_t x)                  { return vdupq_n_u16(x); }
+static inline void      turbo_u16_store(uint16_t * p, turbo_u16 x)  { vst1q_u16(p, x); }
+static inline turbo_u16 turbo_u16_min(turbo_u16 a, turbo_u16 b)     { return vminq_u16(a, b); }
+static inline turbo_u16 turbo_u16_sub(turbo_u16 a, turbo_u16 b)     { return vsubq_u16(a, b); }
+static inline turbo_u16 turbo_u16_add_sat(turbo_u16 a, turbo_u16 b) { return vqaddq_u16(a, b); }
+static inline uint16_t  turbo_u16_smallest(turbo_u16 x)             { return vminvq_u16(x); }
 
-static inline void turbo_u8_spread(int bits, const turbo_u8 * best, turbo_u8 * spread) {
-    if (bits == 4) { // vector t: shared bits t
-        for (int t = 0; t < 16; ++t) {
-            spread[t] = vqtbl1q_u8(best[0], vdupq_n_u8((uint8_t) t));
+static inline turbo_u16 turbo_u16_step_cost(turbo_u16 target, turbo_u16 entry) {
+    const int16x8_t d = vqsubq_s16(vreinterpretq_s16_u16(target), vreinterpretq_s16_u16(entry));
+    // (d*d + 2^14) >> 15; the rounding doubling multiplication would saturate at d = -32768
+    const int32x4_t low = vmull_s16(vget_low_s16(d), vget_low_s16(d)), high = vmull_high_s16(d, d);
+    return vcombine_u16(vrshrn_n_u32(vreinterpretq_u32_s32(low), 15), vrshrn_n_u32(vreinterpretq_u32_s32(high), 15));
+}
+
+static inline turbo_u16 turbo_u16_entries(const int8_t * p) {
+    return vreinterpretq_u16_s16(vshll_n_s8(vld1_s8(p), 8));
+}
+
+static inline void turbo_u16_spread(int bits, const turbo_u16 * best, turbo_u16 * spread) {
+    uint16_t row[64];
+    if (bits == 4) { // states 16*(8*(v % 2) + lane) + v/2: low bits v/2
+        vst1q_u16(row, best[0]);
+        vst1q_u16(row + 8, best[1]);
+        for (int v = 0; v < 32; ++v) {
+            spread[v] = vdupq_n_u16(row[v/2]);
         }
-    } else if (bits == 3) { // vectors 2t and 2t + 1, lane u: shared bits 8*(u % 4) + t
-        const uint8x16_t   first = { 0, 8, 16, 24, 0, 8, 16, 24, 0, 8, 16, 24, 0, 8, 16, 24 };
-        const uint8x16x2_t both  = { { best[0], best[1] } };
-        for (int t = 0; t < 8; ++t) {
-            spread[2*t] = spread[2*t + 1] = vqtbl2q_u8(both, vaddq_u8(first, vdupq_n_u8((uint8_t) t)));
+    } else if (bits == 3) { // states 8*lane + t: low bits 8*(lane % 4) + t; a transposition of 4 x 8
+        const uint16x8x4_t rows = { { best[0], best[1], best[2], best[3] } };
+        vst4q_u16(row, rows);
+        for (int v = 0; v < 32; ++v) {
+            const uint16x4_t quad = vld1_u16(row + 4*(v/4));
+            spread[v] = vcombine_u16(quad, quad);
         }
-    } else { // vectors 4t .. 4t + 3, lane u: shared bits 4*u + t
-        const uint8x16_t   first = { 0, 4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 44, 48, 52, 56, 60 };
-        const uint8x16x4_t all   = { { best[0], best[1], best[2], best[3] } };
-        for (int t = 0; t < 4; ++t) {
-            const turbo_u8 x = vqtbl4q_u8(all, vaddq_u8(first, vdupq_n_u8((uint8_t) t)));
-            spread[4*t] = spread[4*t + 1] = spread[4*t + 2] = spread[4*t + 3] = x;
+    } else { // states 4*(16*j + lane) + t: low bits 4*lane + t; a transposition of 16 x 4
+        for (int v = 0; v < 8; ++v) {
+            vst1q_u16(row + 8*v, best[v]);
+        }
+        const uint16x8x4_t low = vld4q_u16(row), high = vld4q_u16(row + 32);
+        for (int v = 0; v < 32; v += 2) {
+            spread[v]     = low.val[v/8];
+            spread[v + 1] = high.val[v/8];
         }
     }
 }
 
 typedef uint16x8_t turbo_u16x8;
 
-static inline turbo_u16x8 turbo_u16x8_costs(int16_t target, const int16_t * entries, const uint8_t * best) {
-    const int16x8_t  d    = vsubq_s16(vdupq_n_s16(target), vld1q_s16(entries));
-    const uint16x8_t cost = vreinterpretq_u16_s16(vqrdmulhq_s16(d, d));
-    return vminq_u16(vaddq_u16(vmovl_u8(vld1_u8(best)), cost), vdupq_n_u16(255));
+static inline turbo_u16x8 turbo_u16x8_costs(int16_t target, const int8_t * entries, const uint16_t * best) {
+    return vqaddq_u16(vld1q_u16(best), turbo_u16_step_cost(vdupq_n_u16((uint16_t) target), turbo_u16_entries(entries)));
 }
 
 static inline turbo_u16x8 turbo_u16x8_first4(turbo_u16x8 x) { // the other lanes become the largest

@@ -3,14 +3,12 @@
 // The SIMD helpers of the instruction set that this target is compiled for:
 //
 //   trellis search, on vectors of TURBO_LANES path costs:
-//     turbo_u8_{set1,load,store,min,sub,add_sat}
-//     turbo_u8_smallest     the smallest lane, in every lane
-//     turbo_u8_first        the first lane
-//     turbo_u8_spread       costs of the best paths by shared bits -> the same by the state that goes on, in the order
-//                           t << (8-k) | u of states u << k | t
-//     turbo_u8_fold         minimum over the lanes of equal u (only where a vector holds more than 2^(8-k) lanes)
-//     turbo_u16x8_costs     path costs of 8 neighbouring states: step cost, as turbo_step_cost, plus best, saturated
-//     turbo_u16x8_{first4,argmin}   argmin gives value << 16 | index
+//     turbo_u16_{set1,store,min,sub,add_sat,smallest}
+//     turbo_u16_step_cost   (target - entry)^2 * 2 / 2^16, rounded, the difference saturating
+//     turbo_u16_entries     codebook entries * 256
+//     turbo_u16_spread      costs of the best paths by shared bits -> the same by state, in by_low's order
+//     turbo_u16_fold        minimum of both halves (only where a vector holds more than 16 lanes)
+//     turbo_u16x8_{costs,first4,argmin}   the same on 8 states at a time; argmin gives value << 16 | index
 //   decoder, on the 64 values of a block:
 //     turbo_entries         codebook entries of all values
 //     turbo_store_scaled    entries * scale as floats

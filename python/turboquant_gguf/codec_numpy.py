@@ -14,8 +14,7 @@ BLOCK = 64
 SCALE_BIAS = 40
 MAX_INPUT = np.float32(2.0**29)
 AROUND_GUESS = (np.float32(0.94), np.float32(1.06))
-MAX_TARGET, MAX_COST, RENORMALIZE = 254, 255, 4
-COST_FACTOR = {2: 14, 3: 28, 4: 52}
+RENORMALIZE = 16
 STATES = np.arange(256)
 
 
@@ -117,16 +116,16 @@ def rms(x: np.ndarray) -> np.ndarray:
 
 
 def targets_of(x: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """x (n, 64) in halves of a codebook unit."""
+    """x (n, 64) in codebook units with 8 fractional bits."""
     with np.errstate(divide="ignore", invalid="ignore"):  # a zero scale is a zero block, dealt with by the caller
-        scaled = x * (np.float32(2) / scales)[:, None]
-    return np.rint(np.clip(np.nan_to_num(scaled), -MAX_TARGET, MAX_TARGET)).astype(np.int64)
+        scaled = x * (np.float32(256) / scales)[:, None]
+    return np.rint(np.clip(np.nan_to_num(scaled), -32767, 32767)).astype(np.int64)
 
 
 def step_costs(codec: Codec, target: np.ndarray) -> np.ndarray:
-    """Costs (n, 256) of every state for targets (n,): squared distances, in a unit of which an average step costs 3 to 8."""
-    distance = COST_FACTOR[codec.bits] * (target[:, None] - 2 * codec.codebook[None, :])
-    return np.minimum(distance * distance + (1 << 14) >> 15, MAX_COST)
+    """Costs (n, 256) of every state for targets (n,)."""
+    distance = np.clip(target[:, None] - 256 * codec.codebook[None, :], -32768, 32767)
+    return distance * distance + (1 << 14) >> 15
 
 
 def search(codec: Codec, targets: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -147,7 +146,7 @@ def search(codec: Codec, targets: np.ndarray) -> tuple[np.ndarray, list[np.ndarr
 
 def path_costs(codec: Codec, targets: np.ndarray, best: list[np.ndarray], i: int) -> np.ndarray:
     shared = 1 << 8 - codec.bits
-    return np.minimum(best[i][:, STATES % shared] + step_costs(codec, targets[:, i]), MAX_COST)
+    return np.minimum(best[i][:, STATES % shared] + step_costs(codec, targets[:, i]), 65535)
 
 
 def traceback(codec: Codec, targets: np.ndarray, best: list[np.ndarray]) -> np.ndarray:
@@ -166,7 +165,7 @@ def fit_scales(codec: Codec, targets: np.ndarray, states: np.ndarray, codes: np.
     """Codes of the least-squares scales for the chosen states."""
     entries = codec.codebook[states]
     xc, cc = (targets * entries).sum(axis=1), (entries * entries).sum(axis=1)
-    ratio = xc.astype(np.float32) / (2 * np.maximum(cc, 1)).astype(np.float32)
+    ratio = xc.astype(np.float32) / (256 * np.maximum(cc, 1)).astype(np.float32)
     return np.where(xc > 0, scale_codes(codec, scale_values(codec, codes) * np.maximum(ratio, 0)), codes)
 
 
