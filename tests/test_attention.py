@@ -1,7 +1,9 @@
 """The attention kernel against attention in float64, for any shape, mask and type, on each instruction set."""
 
+import json
 import struct
 import subprocess
+import sys
 from pathlib import Path
 
 import graft
@@ -11,7 +13,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import instruction_sets
-import turboquant_gguf
 from turboquant_gguf import attention_numpy, codec_numpy, ggml
 from turboquant_gguf.attention import Attention, Problem
 
@@ -21,12 +22,6 @@ STOCK = ("f16", "q8_0", "q4_0")
 TILE = 64  # keys whose weights are rounded together
 
 # ---- problems ----
-
-
-def cache_rows(x: np.ndarray, type: str) -> np.ndarray:
-    if type == "f16":
-        return x.astype(np.float16).view(np.uint8)
-    return turboquant_gguf.quantize(x, type) if type in TURBO else ggml.quantize(x, type)
 
 
 def values(rng: np.random.Generator, kind: str, *shape: int) -> np.ndarray:
@@ -78,8 +73,8 @@ def problems(draw, stock: tuple[str, ...] = STOCK) -> Problem:
     mask = mask_of(rng, draw(MASKS), sequences, heads, queries, keys)
     return Problem(
         q=values(rng, draw(KINDS), sequences, heads, queries, size_k),
-        k=cache_rows(values(rng, draw(KINDS), sequences, keys, kv_heads, size_k), type_k),
-        v=cache_rows(values(rng, draw(KINDS), sequences, keys, kv_heads, size_v), type_v),
+        k=ggml.quantize(values(rng, draw(KINDS), sequences, keys, kv_heads, size_k), type_k),
+        v=ggml.quantize(values(rng, draw(KINDS), sequences, keys, kv_heads, size_v), type_v),
         type_k=type_k,
         type_v=type_v,
         size_v=size_v,
@@ -204,3 +199,23 @@ def test_kernel_alone(build: str, grafted: Path, tmp_path: Path):
         check(problem, result.reshape(sequences, queries, heads, problem.size_v))
 
     holds()
+
+
+# ---- from Python ----
+
+
+def test_a_type_that_ggml_has_not():
+    with pytest.raises(ValueError, match="turbo9"):
+        ggml.type_number("turbo9")
+
+
+def test_benchmark_of_the_operator(tmp_path: Path):
+    report = tmp_path / "report.json"
+    script = [sys.executable, ROOT / "tools" / "bench_attention.py", "--rounds", "1", "--keys", "256"]
+    subprocess.run([*script, "--types", "turbo4:f16,q8_0", "--json", report], check=True, capture_output=True)
+    results = json.loads(report.read_text())["results"]
+    assert list(results) == ["f16", "turbo4:f16", "q8_0"]
+    for result in results.values():
+        assert result["ratio"] > 0 and result["error"] < 0.02
+    wrong = subprocess.run([*script, "--types", "turbo9"], capture_output=True, text=True)
+    assert wrong.returncode == 2 and "turbo9" in wrong.stderr

@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """Speed and error of the attention operator alone, for several types of cache, as multiples of stock llama.cpp's f16.
 
+\b
     python3 tools/bench_attention.py
     python3 tools/bench_attention.py --head-size 64 --heads 9 --kv-heads 3 --keys 4096 --queries 512
 
@@ -14,6 +15,7 @@ import json
 import os
 import statistics
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -23,25 +25,16 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-import turboquant_gguf
 from turboquant_gguf import attention_numpy, ggml
 from turboquant_gguf.attention import Attention, Problem
 
 BASE = "f16"
+QK = 64  # what every type's blocks divide
 CONSOLE = Console(stderr=True)
-
-
-def cache(rng: np.random.Generator, type: str, keys: int, kv_heads: int, size: int) -> np.ndarray:
-    x = rng.standard_normal((1, keys, kv_heads, size), np.float32)
-    if type == "f16":
-        return x.astype(np.float16).view(np.uint8)
-    return turboquant_gguf.quantize(x, type) if type.startswith("turbo") else ggml.quantize(x, type)
 
 
 def memory_bandwidth(threads: int) -> float:
     """Bytes a second that `threads` threads read from an array too large for any cache."""
-    from concurrent.futures import ThreadPoolExecutor
-
     parts = [np.ones(1 << 27, np.int8).view(np.int64) for _ in range(threads)]
     best = 0.0
     with ThreadPoolExecutor(threads) as pool:
@@ -63,18 +56,26 @@ def memory_bandwidth(threads: int) -> float:
 @click.option("--rounds", default=15)
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="write everything measured here")
 def main(types, head_size, heads, kv_heads, keys, queries, threads, rounds, json_file):
+    if head_size % QK or heads % kv_heads:
+        raise click.UsageError(f"the head size must be a multiple of {QK}, and the heads one of the KV heads")
+    names = [BASE, *(name for name in types.split(",") if name != BASE)]
+    try:
+        for type in {type for name in names for type in name.split(":")}:
+            ggml.type_number(type)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--types") from None
     rng = np.random.default_rng(1)
     q = rng.standard_normal((1, heads, queries, head_size), np.float32)
     query, key = np.arange(queries)[:, None] + keys - queries, np.arange(keys)
     mask = np.where(key <= query, 0, -np.inf).astype(np.float16)[None, None]
-    names = [BASE, *(name for name in types.split(",") if name != BASE)]
     results = {}
     with ExitStack() as stack:
         attentions = {}
         for name in names:
             type_k, _, type_v = name.partition(":")
             type_v = type_v or type_k
-            k, v = (cache(rng, type, keys, kv_heads, head_size) for type in (type_k, type_v))
+            x = rng.standard_normal((2, 1, keys, kv_heads, head_size), np.float32)
+            k, v = ggml.quantize(x[0], type_k), ggml.quantize(x[1], type_v)
             problem = Problem(q, k, v, type_k, type_v, head_size, head_size**-0.5, mask)
             attentions[name] = stack.enter_context(Attention(problem, threads))
             attentions[name].run()

@@ -61,10 +61,7 @@ def quantize(x: NDArray[np.float32], type: str) -> NDArray[np.uint8]:
         raise ValueError(f"quantize takes float32, not {x.dtype}: use x.astype(numpy.float32)")
     if x.ndim == 0 or x.shape[-1] % BLOCK:
         raise ValueError(f"the last dimension must be a multiple of {BLOCK} (a block), but the shape is {x.shape}")
-    x = np.ascontiguousarray(x)
-    blocks = np.empty((*x.shape[:-1], x.shape[-1] // BLOCK * kind.bytes_per_block), np.uint8)
-    ggml.function(f"quantize_row_{kind.name}")(ggml.pointer(x), ggml.pointer(blocks), x.size)
-    return blocks
+    return ggml.quantize(x, kind.name)
 
 
 def dequantize(blocks: NDArray[np.uint8], type: str) -> NDArray[np.float32]:

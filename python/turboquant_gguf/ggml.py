@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import sys
 from contextlib import ExitStack
 from ctypes import c_bool, c_char_p, c_float, c_int, c_int64, c_size_t, c_void_p
@@ -14,8 +15,8 @@ from numpy.typing import NDArray
 
 from . import native
 
-MAX_TYPES = 256
-"""Type numbers are below this."""
+LAST_TYPE = "turbo4"
+"""The type with the largest number: ggml's table of types ends there."""
 
 
 class InitParams(ctypes.Structure):
@@ -90,23 +91,36 @@ def pointer(array: NDArray) -> c_void_p:
 
 
 @cache
+def _type_numbers() -> dict[str, int]:
+    numbers: dict[str, int] = {}
+    for number in itertools.count():
+        name = function("ggml_type_name")(number).decode()
+        numbers[name] = number
+        if name == LAST_TYPE:
+            break
+    return numbers
+
+
 def type_number(name: str) -> int:
     """ggml's number of a type such as "turbo4" or "q8_0". Raises ValueError if there is none of that name."""
-    for number in range(MAX_TYPES):
-        if function("ggml_type_name")(number) == name.encode():
-            return number
-    raise ValueError(f"ggml has no type called {name!r}")
+    try:
+        return _type_numbers()[name]
+    except KeyError:
+        raise ValueError(f"ggml has no type called {name!r}") from None
 
 
 def quantize(x: NDArray[np.float32], type: str) -> NDArray[np.uint8]:
     """Rows of any ggml type that needs no importance matrix: float32 (..., n) -> uint8 (..., bytes of a row)."""
     number = type_number(type)
     x = np.ascontiguousarray(x, np.float32)
-    blocks = np.empty((*x.shape[:-1], function("ggml_row_size")(number, x.shape[-1])), np.uint8)
-    if x.size:
-        rows = x.size // x.shape[-1]
-        function("ggml_quantize_chunk")(number, pointer(x), pointer(blocks), 0, rows, x.shape[-1], None)
-    return blocks
+    rows = np.empty((*x.shape[:-1], function("ggml_row_size")(number, x.shape[-1])), np.uint8)
+    if type.startswith("turbo"):  # in SIMD; what ggml itself would call is the scalar reference
+        function(f"quantize_row_{type}")(pointer(x), pointer(rows), x.size)
+    elif x.size:
+        function("ggml_quantize_chunk")(
+            number, pointer(x), pointer(rows), 0, x.size // x.shape[-1], x.shape[-1], None
+        )
+    return rows
 
 
 class Graph:
