@@ -6,11 +6,17 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from turboquant_gguf import models
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "ggml_turbo" / "graft"))  # the scripts of the build, which the wheel does not hold
+
+# The same examples in every run; HYPOTHESIS_PROFILE=explore tries others.
+settings.register_profile("steady", derandomize=True, deadline=None)
+settings.register_profile("explore", deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "steady"))
 
 # A runner started in the background ignores SIGINT, and every child would inherit that: tests that interrupt could not.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -12,7 +12,7 @@ ROWS = 23
 
 
 @pytest.mark.parametrize("type", ["turbo2", "turbo3", "turbo4"])
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_rows_hold_what_the_codec_writes(type: str, data: st.DataObject):
     blocks, sequences, heads, tokens = (data.draw(st.integers(1, most)) for most in (7, 3, 2, ROWS))

@@ -32,12 +32,9 @@ def slopes(heads: int, max_bias: float) -> NDArray[np.float64]:
     return 2.0 ** (-max_bias * exponent)
 
 
-def weights(problem: Problem, q: NDArray | None = None) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Softmax weights (sequences, query heads, queries, keys), and the largest magnitude of a row's scores.
-
-    q takes the place of the problem's queries. A query that sees no key has weights of 0.
-    """
-    q = problem.q if q is None else q
+def weights(problem: Problem) -> NDArray[np.float64]:
+    """Softmax weights (sequences, query heads, queries, keys). A query that sees no key has weights of 0."""
+    q = problem.q
     group = q.shape[1] // problem.k.shape[2]
     k = np.repeat(decode(problem.k, problem.type_k), group, axis=2).astype(np.float64)
     scores = np.einsum("shqd,skhd->shqk", q.astype(np.float64), k) * problem.scale
@@ -45,7 +42,6 @@ def weights(problem: Problem, q: NDArray | None = None) -> tuple[NDArray[np.floa
         scores = problem.softcap * np.tanh(scores / problem.softcap)
     if problem.mask is not None:
         scores = scores + slopes(q.shape[1], problem.max_bias)[:, None, None] * problem.mask.astype(np.float64)
-    extent = np.abs(scores, where=np.isfinite(scores), out=np.zeros_like(scores)).max(axis=-1, keepdims=True)
     largest = scores.max(axis=-1, keepdims=True)
     if problem.sinks is not None:
         largest = np.maximum(largest, problem.sinks[:, None, None])
@@ -54,11 +50,11 @@ def weights(problem: Problem, q: NDArray | None = None) -> tuple[NDArray[np.floa
     total = unnormalized.sum(axis=-1, keepdims=True)
     if problem.sinks is not None:
         total = total + np.exp(problem.sinks[:, None, None] - largest)
-    return unnormalized / np.where(total == 0, 1, total), extent
+    return unnormalized / np.where(total == 0, 1, total)
 
 
 def attention(problem: Problem) -> NDArray[np.float64]:
     """The result, float64 (sequences, queries, query heads, head size of V)."""
     group = problem.q.shape[1] // problem.v.shape[2]
     v = np.repeat(decode(problem.v, problem.type_v), group, axis=2)
-    return np.einsum("shqk,skhd->sqhd", weights(problem)[0], v)
+    return np.einsum("shqk,skhd->sqhd", weights(problem), v)
