@@ -297,9 +297,10 @@ struct scratch {
     int16_t * weights;     // [ROWS][KEYS], rounded
     float *   units;       // [ROWS] of the rounded weights
     float *   out;         // [ROWS][head size of V]
-    float *   end;
+    float *   memory;      // all of the above; null: only counted
+    size_t    used = 0;    // floats of it
 
-    scratch(float * memory, int64_t size_k, int64_t size_v) : end(memory) {
+    scratch(float * work, int64_t size_k, int64_t size_v) : memory(work) {
         query       = take(ROWS*size_k);
         keys        = take(KEYS*size_k);
         rows        = take(KEYS*CHUNK);
@@ -313,13 +314,13 @@ struct scratch {
         units       = take(ROWS);
     }
 
-    float * take(int64_t n) {
-        end += n;
-        return end - n;
+    float * take(size_t n) {
+        used += n;
+        return memory ? memory + used - n : nullptr;
     }
 
     static size_t floats(int64_t size_k, int64_t size_v) {
-        return scratch(nullptr, size_k, size_v).end - (float *) nullptr;
+        return scratch(nullptr, size_k, size_v).used;
     }
 };
 
