@@ -73,16 +73,10 @@ static inline float turbo_stored_scale(int bits, const uint8_t * block) {
 
 // x without NaN, infinities and what overflows; returns the largest magnitude.
 static inline float turbo_sanitize(const float * x, float * clean) {
-    float lane_max[16] = {0};
-    for (int i = 0; i < QK_TURBO; i += 16) {
-        for (int lane = 0; lane < 16; ++lane) {
-            const float v = fabsf(x[i + lane]), finite = v < INFINITY ? v : 0.0f;
-            lane_max[lane] = finite > lane_max[lane] ? finite : lane_max[lane];
-        }
-    }
     float max_abs = 0.0f;
-    for (int lane = 0; lane < 16; ++lane) {
-        max_abs = lane_max[lane] > max_abs ? lane_max[lane] : max_abs;
+    for (int i = 0; i < QK_TURBO; ++i) {
+        const float v = fabsf(x[i]);
+        max_abs = v < INFINITY && v > max_abs ? v : max_abs;
     }
     max_abs = max_abs < TURBO_MAX_INPUT ? max_abs : TURBO_MAX_INPUT;
     for (int i = 0; i < QK_TURBO; ++i) {

@@ -27,9 +27,9 @@ from rich.table import Table
 
 from turboquant_gguf import attention_numpy, ggml
 from turboquant_gguf.attention import Attention, Problem
+from turboquant_gguf.codec import BLOCK
 
 BASE = "f16"
-QK = 64  # what every type's blocks divide
 CONSOLE = Console(stderr=True)
 
 
@@ -56,8 +56,8 @@ def memory_bandwidth(threads: int) -> float:
 @click.option("--rounds", default=15)
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="write everything measured here")
 def main(types, head_size, heads, kv_heads, keys, queries, threads, rounds, json_file):
-    if head_size % QK or heads % kv_heads:
-        raise click.UsageError(f"the head size must be a multiple of {QK}, and the heads one of the KV heads")
+    if head_size % BLOCK or heads % kv_heads:
+        raise click.UsageError(f"the head size must be a multiple of {BLOCK}, and the heads one of the KV heads")
     names = [BASE, *(name for name in types.split(",") if name != BASE)]
     try:
         for type in {type for name in names for type in name.split(":")}:

@@ -36,10 +36,6 @@ constexpr int SPLIT_TASKS = 128; // tasks wanted, where there are keys enough
 
 constexpr uint16_t HALF_MINUS_INFINITY = 0xfc00;
 
-int turbo_bits(ggml_type type) {
-    return type == GGML_TYPE_TURBO2 ? 2 : type == GGML_TYPE_TURBO3 ? 3 : type == GGML_TYPE_TURBO4 ? 4 : 0;
-}
-
 // ---- decoding ----
 
 // Calls f with the bits of a turbo type as a constant, 0 for any other type.

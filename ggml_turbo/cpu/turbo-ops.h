@@ -10,6 +10,11 @@ ggml_backend_buffer_type_t ggml_backend_cpu_turbo_buffer_type(void);
 
 #include "traits.h"
 
+// Bits of a code of a turbo type, 0 for any other type.
+inline int turbo_bits(ggml_type type) {
+    return type == GGML_TYPE_TURBO2 ? 2 : type == GGML_TYPE_TURBO3 ? 3 : type == GGML_TYPE_TURBO4 ? 4 : 0;
+}
+
 // Each returns what computes op, or nullptr if op is not for it.
 ggml::cpu::tensor_traits * turbo_attention_claims(const ggml_tensor * op); // turbo-attention.cpp
 ggml::cpu::tensor_traits * turbo_hadamard_claims(const ggml_tensor * op);  // turbo-hadamard.cpp

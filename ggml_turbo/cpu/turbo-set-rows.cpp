@@ -4,7 +4,6 @@
 #include "turbo-ops.h"
 
 #include "turbo-cpu.h"
-#include "turbo-encoder.h"
 
 namespace {
 
@@ -20,7 +19,7 @@ struct set_rows_traits : ggml::cpu::tensor_traits {
             return false;
         }
         const ggml_tensor * x = dst->src[0], * indices = dst->src[1];
-        const turbo_codec * codec = turbo_get_codec(dst->type - GGML_TYPE_TURBO2 + 2);
+        const turbo_codec * codec = turbo_get_codec(turbo_bits(dst->type));
         const int64_t blocks_of_row = x->ne[0]/QK_TURBO, shares_of_row = (blocks_of_row + SHARE - 1)/SHARE;
         const int64_t n_shares = ggml_nrows(x)*shares_of_row;
         const int64_t first = n_shares*params->ith/params->nth, end = n_shares*(params->ith + 1)/params->nth;
@@ -44,6 +43,5 @@ struct set_rows_traits : ggml::cpu::tensor_traits {
 
 ggml::cpu::tensor_traits * turbo_set_rows_claims(const ggml_tensor * op) {
     static set_rows_traits traits;
-    const bool turbo = op->type == GGML_TYPE_TURBO2 || op->type == GGML_TYPE_TURBO3 || op->type == GGML_TYPE_TURBO4;
-    return turbo && op->src[0]->type == GGML_TYPE_F32 ? &traits : nullptr;
+    return turbo_bits(op->type) && op->src[0]->type == GGML_TYPE_F32 ? &traits : nullptr;
 }
