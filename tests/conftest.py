@@ -2,16 +2,21 @@
 
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from rich.console import Console
 
-from turboquant_gguf import models
+from turboquant_gguf import converter, models
+from turboquant_gguf.convert import convert
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "ggml_turbo" / "graft"))  # the scripts of the build, which the wheel does not hold
+
+converter.load()  # before any test imports gguf: all of them use the one of this package
 
 # The same examples in every run; HYPOTHESIS_PROFILE=explore tries others.
 settings.register_profile("steady", derandomize=True, deadline=None)
@@ -33,6 +38,37 @@ def smollm2() -> Path:
 
 
 @pytest.fixture(scope="session")
+def smollm2_folder(smollm2, tmp_path_factory) -> Path:
+    """The same model as a Hugging Face folder, float32: what transformers reads from the GGUF."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    where = {"pretrained_model_name_or_path": smollm2.parent, "gguf_file": smollm2.name}
+    read = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    del read.config.quantization_config  # of the GGUF; what was read is not quantized any more
+    model = type(read)(read.config)
+    model.load_state_dict(read.state_dict())
+    folder = tmp_path_factory.mktemp("checkpoints") / "SmolLM2-135M-Instruct"
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2_rotated(smollm2_folder) -> Path:
+    """SmolLM2-135M-Instruct in float32, its values rotated in the weights."""
+    path = smollm2_folder.parent / "rotated.gguf"
+    return convert(smollm2_folder, path, outtype="f32", rotate="values", console=Console(quiet=True)).path
+
+
+@pytest.fixture(scope="session")
+def smollm2_plain(smollm2_folder) -> Path:
+    """SmolLM2-135M-Instruct in float32, as llama.cpp's converter writes it."""
+    path = smollm2_folder.parent / "plain.gguf"
+    return convert(smollm2_folder, path, outtype="f32", rotate="none", console=Console(quiet=True)).path
+
+
+@pytest.fixture(scope="session")
 def wikitext() -> Path:
     """The raw test split of WikiText-2, from the folder `shared` beside the repository."""
     path = ROOT.parent / "shared" / "data" / "wiki.test.raw"
@@ -48,3 +84,17 @@ def pristine() -> Path:
 
     cache = os.environ.get("TURBOQUANT_CACHE_DIR") or "~/.cache/turboquant-gguf"
     return source.pinned(Path(cache).expanduser())
+
+
+@pytest.fixture(scope="session")
+def stock_libraries(pristine, request) -> Path:
+    """The folder of a libllama built from the pinned sources without our insertions; kept in pytest's cache folder."""
+    build = request.config.cache.mkdir("stock-llama.cpp")
+    options = ["-DCMAKE_BUILD_TYPE=Release", "-DLLAMA_BUILD_COMMON=OFF", "-DGGML_CCACHE=ON", "-DBUILD_SHARED_LIBS=ON"]
+    for command in (
+        ["cmake", "-S", pristine, "-B", build, *options],
+        ["cmake", "--build", build, "--target", "llama", "mtmd", "--parallel", str(os.cpu_count())],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return build / "bin"

@@ -13,8 +13,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from .commands.bench import bench
+from .commands.convert import convert
 from .commands.demo import demo
 from .commands.types import types
+from .commands.verify import verify
 from .errors import TurboquantError
 
 EPILOG = """\b
@@ -30,8 +32,10 @@ def cli() -> None:
 
 
 cli.add_command(bench)
+cli.add_command(convert)
 cli.add_command(demo)
 cli.add_command(types)
+cli.add_command(verify)
 
 
 def main(args: Sequence[str] | None = None) -> int:

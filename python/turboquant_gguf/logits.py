@@ -1,0 +1,119 @@
+"""Logits of a GGUF, by libllama through llama-cpp-python's low-level bindings."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import ModuleType
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import ggml
+from .cachetypes import CacheTypes
+from .errors import TurboquantError
+from .toolerrors import check_model_file, tool_error
+
+EXACT = CacheTypes("f32", "f32")
+"""The cache that rounds nothing."""
+
+_LOG_ERROR = 4  # GGML_LOG_LEVEL_ERROR
+_NOT_QUANTIZED = ("f32", "f16", "bf16")
+
+
+class Model:
+    """A GGUF with one sequence. A context manager: it owns memory.
+
+    path: the GGUF. context: the most tokens it is asked about. types: of the KV cache. Raises TurboquantError if the
+    model cannot be loaded with them.
+    """
+
+    def __init__(self, path: Path, *, context: int, types: CacheTypes = EXACT) -> None:
+        check_model_file(path)
+        self._llama = llama = _bindings()
+        errors: list[str] = []
+
+        @llama.llama_log_callback
+        def log(level: int, text: bytes, _user_data: object) -> None:
+            if level == _LOG_ERROR:
+                errors.append(text.decode("utf-8", "replace"))
+
+        self._log = log  # libllama calls it as long as this model lives
+        llama.llama_log_set(log, None)
+        with ExitStack() as owned:
+            params = llama.llama_model_default_params()
+            params.n_gpu_layers = 0
+            self._model = llama.llama_model_load_from_file(str(path).encode(), params)
+            if not self._model:
+                raise tool_error("libllama", 1, "".join(errors))
+            owned.callback(llama.llama_model_free, self._model)
+            self._context = llama.llama_init_from_model(self._model, self._context_params(context, types))
+            if not self._context:
+                raise tool_error("libllama", 1, "".join(errors))
+            owned.callback(llama.llama_free, self._context)
+            self._owned = owned.pop_all()
+        self._vocabulary = llama.llama_model_get_vocab(self._model)
+
+    def _context_params(self, context: int, types: CacheTypes) -> ctypes.Structure:
+        params = self._llama.llama_context_default_params()
+        params.n_ctx = params.n_batch = params.n_ubatch = context
+        params.type_k, params.type_v = ggml.type_number(types.k), ggml.type_number(types.v)
+        # Flash attention rounds queries and sums; without it a float32 cache is exact. Quantized values need it.
+        exact = types.k in _NOT_QUANTIZED and types.v in _NOT_QUANTIZED
+        params.flash_attn_type = (
+            self._llama.LLAMA_FLASH_ATTN_TYPE_DISABLED if exact else self._llama.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        )
+        return params
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._owned.close()
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Tokens in the vocabulary: what the model's last layer has rows for."""
+        return self._llama.llama_vocab_n_tokens(self._vocabulary)
+
+    def tokenize(self, text: str) -> list[int]:
+        """Tokens of a text, with those that the model wants at the beginning."""
+        data = text.encode()
+        room = len(data) + 8
+        tokens = (ctypes.c_int32 * room)()
+        count = self._llama.llama_tokenize(self._vocabulary, data, len(data), tokens, room, True, False)
+        if count < 0:
+            raise TurboquantError("The model's tokenizer made more tokens of the text than it has bytes.")
+        return list(tokens[:count])
+
+    def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """The logits after each of `tokens`, read in one batch from an empty cache: float32 (tokens, vocabulary)."""
+        llama = self._llama
+        llama.llama_memory_clear(llama.llama_get_memory(self._context), True)
+        batch = llama.llama_batch_init(len(tokens), 0, 1)
+        try:
+            batch.n_tokens = len(tokens)
+            for i, token in enumerate(tokens):
+                batch.token[i], batch.pos[i] = token, i
+                batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
+                batch.logits[i] = 1
+            if status := llama.llama_decode(self._context, batch):
+                raise TurboquantError(f"llama.cpp could not run the model (llama_decode returned {status}).")
+        finally:
+            llama.llama_batch_free(batch)
+        size = (len(tokens), self.vocabulary_size)
+        return np.ctypeslib.as_array(llama.llama_get_logits(self._context), size).copy()
+
+
+def _bindings() -> ModuleType:
+    try:
+        from llama_cpp import llama_cpp
+    except ModuleNotFoundError as error:
+        raise TurboquantError(
+            "This needs llama-cpp-python. Install it without a second llama.cpp: CMAKE_ARGS=-DLLAMA_BUILD=OFF "
+            "pip install 'turboquant-gguf[python]'"
+        ) from error
+    return llama_cpp

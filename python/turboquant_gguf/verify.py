@@ -1,0 +1,118 @@
+"""Whether two files hold the same model: the same tokens through both, and how far their logits lie apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+
+from .cachetypes import CacheTypes
+from .errors import TurboquantError
+from .logits import EXACT, Model
+
+DEFAULT_TOKENS = 256
+DEFAULT_MAX_KL = 0.01
+"""Above this mean KL divergence (nats a token), no common storage type explains the difference."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How far the logits of b lie from those of a, over all positions.
+
+    tokens: positions compared. difference: the largest |b - a|. relative_error: ||b - a|| / ||a||. kl_mean, kl_max: KL
+    divergence of b's next-token distribution from a's, in nats. top1: share of positions where both prefer one token.
+    """
+
+    tokens: int
+    difference: float
+    relative_error: float
+    kl_mean: float
+    kl_max: float
+    top1: float
+
+
+def verify(
+    a: Path,
+    b: Path,
+    *,
+    text: Path | None = None,
+    tokens: int = DEFAULT_TOKENS,
+    types: str = str(EXACT),
+    console: Console,
+) -> Comparison:
+    """Compare two models, each a GGUF or the folder of a Hugging Face checkpoint; at least one must be a GGUF.
+
+    text: a UTF-8 file to read; None takes a bundled one. tokens: how many of it. types: cache types of the GGUFs, f32
+    to round nothing. A GGUF is run by libllama, a folder by transformers in float32. Raises TurboquantError.
+    """
+    gguf = next((path for path in (a, b) if not path.is_dir()), None)
+    if gguf is None:
+        raise TurboquantError(f"Both {a} and {b} are folders. One of the two must be a GGUF.")
+    content = text.read_text("utf-8") if text else files(__package__).joinpath("data/demo.txt").read_text("utf-8")
+    cache = CacheTypes.parse(types)
+    with console.status("") as status:
+        with Model(gguf, context=1) as model:
+            prompt = model.tokenize(content)[:tokens]
+        found = []
+        for path in (a, b):
+            status.update(f"Running {path.name}")
+            found.append(run_checkpoint(path, prompt) if path.is_dir() else run_gguf(path, prompt, cache))
+    return compare(*found)
+
+
+def compare(a: NDArray[np.float32], b: NDArray[np.float32]) -> Comparison:
+    """Compare logits of shape (tokens, vocabulary). A checkpoint may pad the vocabulary: what both have counts."""
+    if a.shape[0] != b.shape[0]:
+        raise ValueError(f"logits of {a.shape[0]} and of {b.shape[0]} tokens")
+    vocabulary = min(a.shape[1], b.shape[1])
+    a, b = a[:, :vocabulary], b[:, :vocabulary]
+    kl = np.array([_kl(*rows) for rows in zip(a, b, strict=True)])
+    return Comparison(
+        tokens=len(a),
+        difference=float(np.abs(b - a).max()),
+        relative_error=float(np.linalg.norm(b - a) / np.linalg.norm(a)),
+        kl_mean=float(kl.mean()),
+        kl_max=float(kl.max()),
+        top1=float((a.argmax(-1) == b.argmax(-1)).mean()),
+    )
+
+
+def _kl(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
+    log_p, log_q = _log_softmax(a), _log_softmax(b)
+    return float(np.exp(log_p) @ (log_p - log_q))
+
+
+def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    shifted = logits.astype(np.float64) - logits.max()
+    return shifted - np.log(np.exp(shifted).sum())
+
+
+def run_gguf(path: Path, prompt: Sequence[int], types: CacheTypes) -> NDArray[np.float32]:
+    """Logits of a GGUF by libllama, with a KV cache of `types`: float32 (tokens, vocabulary)."""
+    with Model(path, context=len(prompt), types=types) as model:
+        return model.logits(prompt)
+
+
+def run_checkpoint(folder: Path, prompt: Sequence[int]) -> NDArray[np.float32]:
+    """Logits of a checkpoint by transformers, in float32: (tokens, vocabulary)."""
+    try:
+        import torch
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
+    except ModuleNotFoundError as error:
+        raise TurboquantError(
+            f"Running a checkpoint folder needs the Python package {error.name}. Install what it takes: "
+            "pip install 'turboquant-gguf[convert]'"
+        ) from error
+    logging.disable_progress_bar()  # the caller shows its own
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    except (OSError, ValueError, KeyError) as error:
+        raise TurboquantError(f"transformers cannot load {folder}.", str(error)) from error
+    with torch.inference_mode():
+        return model(torch.tensor([prompt])).logits[0].numpy()
