@@ -181,7 +181,7 @@ def run_elsewhere(model: Path, types: str, libraries: Path = native.library_dir(
     script = (
         "import sys, numpy; from pathlib import Path\n"
         "from turboquant_gguf.cachetypes import CacheTypes; from turboquant_gguf.verify import run_gguf\n"
-        "logits = run_gguf(Path(sys.argv[1]), range(1000, 1200), CacheTypes(*sys.argv[2].split(':')))\n"
+        "logits = run_gguf(Path(sys.argv[1]), range(1000, 1200), CacheTypes.parse(sys.argv[2]))\n"
         "numpy.save(sys.argv[3], logits)\n"
     )
     out = model.with_name("logits.npy")
