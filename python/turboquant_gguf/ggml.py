@@ -1,12 +1,13 @@
-"""The ggml libraries of this package, through ctypes: as many of their functions as this package calls."""
+"""The C libraries of this package (ggml, llama), through ctypes: as many of their functions as this package calls."""
 
 from __future__ import annotations
 
 import ctypes
 import itertools
 import sys
-from contextlib import ExitStack
-from ctypes import c_bool, c_char_p, c_float, c_int, c_int64, c_size_t, c_void_p
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from ctypes import POINTER, c_bool, c_char_p, c_float, c_int, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
 from functools import cache
 from typing import Self
 
@@ -31,12 +32,56 @@ class TurboCodec(ctypes.Structure):
     _fields_ = [("bits", c_int), ("rms_to_scale", c_float), ("max_to_scale", c_float), ("mse", c_float)]
 
 
+class GGUFInitParams(ctypes.Structure):
+    """gguf_init_params."""
+
+    _fields_ = [("no_alloc", c_bool), ("ctx", c_void_p)]
+
+
+class MemorySize(ctypes.Structure):
+    """turbo_memory_size: bytes."""
+
+    _fields_ = [("weights", c_uint64), ("cache", c_uint64), ("compute", c_uint64)]
+
+
+class MemoryLayer(ctypes.Structure):
+    """turbo_memory_layer: the attention of a layer."""
+
+    _fields_ = [
+        ("heads", c_uint32),
+        ("kv_heads", c_uint32),
+        ("head_size_k", c_uint32),
+        ("head_size_v", c_uint32),
+        ("window", c_uint32),
+        ("shares", c_bool),
+    ]
+
+
+GGUF_SCALARS = {
+    "u8": ctypes.c_uint8,
+    "i8": ctypes.c_int8,
+    "u16": ctypes.c_uint16,
+    "i16": ctypes.c_int16,
+    "u32": c_uint32,
+    "i32": ctypes.c_int32,
+    "f32": c_float,
+    "bool": c_bool,
+    "u64": c_uint64,
+    "i64": c_int64,
+    "f64": ctypes.c_double,
+}
+"""The types of single numbers in a GGUF's metadata, as gguf_type_name calls them."""
+
+_log_callback = ctypes.CFUNCTYPE(None, c_int, c_char_p, c_void_p)
 _quantize_row = (None, c_void_p, c_void_p, c_int64)
 
 # library -> function -> result, arguments
 _PROTOTYPES: dict[str, dict[str, tuple]] = {
     "ggml-base": {
         "ggml_type_name": (c_char_p, c_int),
+        "ggml_type_size": (c_size_t, c_int),
+        "ggml_blck_size": (c_int64, c_int),
+        "ggml_is_quantized": (c_bool, c_int),
         "ggml_row_size": (c_size_t, c_int, c_int64),
         "ggml_quantize_chunk": (c_size_t, c_int, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p),
         "ggml_tensor_overhead": (c_size_t,),
@@ -56,7 +101,28 @@ _PROTOTYPES: dict[str, dict[str, tuple]] = {
         "ggml_backend_tensor_get": (None, c_void_p, c_void_p, c_size_t, c_size_t),
         "ggml_backend_graph_compute": (c_int, c_void_p, c_void_p),
         "ggml_backend_free": (None, c_void_p),
-        "turbo_get_codec": (ctypes.POINTER(TurboCodec), c_int),
+        "ggml_log_get": (None, c_void_p, c_void_p),
+        "ggml_log_set": (None, c_void_p, c_void_p),
+        "gguf_init_from_file": (c_void_p, c_char_p, GGUFInitParams),
+        "gguf_free": (None, c_void_p),
+        "gguf_type_name": (c_char_p, c_int),
+        "gguf_get_data_offset": (c_size_t, c_void_p),
+        "gguf_get_n_kv": (c_int64, c_void_p),
+        "gguf_get_key": (c_char_p, c_void_p, c_int64),
+        "gguf_get_kv_type": (c_int, c_void_p, c_int64),
+        **{f"gguf_get_val_{name}": (kind, c_void_p, c_int64) for name, kind in GGUF_SCALARS.items()},
+        "gguf_get_val_str": (c_char_p, c_void_p, c_int64),
+        "gguf_get_arr_type": (c_int, c_void_p, c_int64),
+        "gguf_get_arr_n": (c_size_t, c_void_p, c_int64),
+        "gguf_get_arr_data": (c_void_p, c_void_p, c_int64),
+        "gguf_get_arr_str": (c_char_p, c_void_p, c_int64, c_size_t),
+        "gguf_get_n_tensors": (c_int64, c_void_p),
+        "gguf_get_tensor_name": (c_char_p, c_void_p, c_int64),
+        "gguf_get_tensor_ne": (POINTER(c_int64), c_void_p, c_int64),
+        "gguf_get_tensor_type": (c_int, c_void_p, c_int64),
+        "gguf_get_tensor_offset": (c_size_t, c_void_p, c_int64),
+        "gguf_get_tensor_size": (c_size_t, c_void_p, c_int64),
+        "turbo_get_codec": (POINTER(TurboCodec), c_int),
     },
     "ggml-cpu": {
         "ggml_backend_cpu_init": (c_void_p,),
@@ -65,6 +131,14 @@ _PROTOTYPES: dict[str, dict[str, tuple]] = {
         "turbo_cpu_simd": (c_char_p,),
         **{f"quantize_row_turbo{bits}": _quantize_row for bits in (2, 3, 4)},
         **{f"dequantize_row_turbo{bits}_cpu": _quantize_row for bits in (2, 3, 4)},
+    },
+    "llama": {
+        "turbo_memory_open": (c_void_p, c_char_p),
+        "turbo_memory_close": (None, c_void_p),
+        "turbo_memory_n_layer": (c_uint32, c_void_p),
+        "turbo_memory_get_layer": (MemoryLayer, c_void_p, c_uint32),
+        "turbo_memory_measure": (c_bool, c_void_p, c_int, c_int, c_uint32, c_uint32, POINTER(MemorySize)),
+        "turbo_memory_errors": (c_char_p,),
     },
 }
 
@@ -82,6 +156,20 @@ def function(name: str):
     found = getattr(_library(library), name)
     found.restype, *found.argtypes = _PROTOTYPES[library][name]
     return found
+
+
+@contextmanager
+def captured_log() -> Iterator[list[str]]:
+    """Collects what ggml logs inside the block, in pieces as they come, instead of printing it."""
+    pieces: list[str] = []
+    collect = _log_callback(lambda _level, text, _data: pieces.append(text.decode(errors="replace")))
+    previous, data = c_void_p(), c_void_p()
+    function("ggml_log_get")(ctypes.byref(previous), ctypes.byref(data))
+    function("ggml_log_set")(ctypes.cast(collect, c_void_p), None)
+    try:
+        yield pieces
+    finally:
+        function("ggml_log_set")(previous, data)
 
 
 def pointer(array: NDArray) -> c_void_p:
