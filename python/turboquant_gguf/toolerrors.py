@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .errors import TurboquantError
 
-# What the log says, and what the user can do ({0}, {1}: the groups). The first pattern that matches decides.
+# What a log says, and what the user can do ({0}, {1}: the groups). The first pattern that matches decides.
 _ADVICE = (
     (
         r"head size of (\d+)\. Cache types that work for it: (.*)",
@@ -17,6 +17,10 @@ _ADVICE = (
     (
         r"block size (\d+) does not divide n_embd_head_\w=(\d+)",
         "This model's heads hold {1} values, which are not whole blocks of {0}. Choose another cache type.",
+    ),
+    (
+        r"does not support different K .* and V",
+        "This model keeps keys and values as one, so they must have the same cache type.",
     ),
     (r"couldn't bind", "Its port is taken. Choose another with --port, or none for a free one."),
     (
@@ -50,9 +54,15 @@ def check_model_file(path: Path) -> None:
 
 def tool_error(tool: str, returncode: int | None, log: str) -> TurboquantError:
     """The error of a tool that ended with `returncode` (None: it runs but does not answer) and wrote `log`."""
+    return TurboquantError(
+        f"{tool} {_ending(returncode)}. {advice(log) or 'The end of its log follows.'}", _end_of(log)
+    )
+
+
+def advice(log: str) -> str | None:
+    """What the user can do about the first error in `log` that is known here, in a sentence or two."""
     found = ((re.search(pattern, log), text) for pattern, text in _ADVICE)
-    advice = next((text.format(*match.groups()) for match, text in found if match), "The end of its log follows.")
-    return TurboquantError(f"{tool} {_ending(returncode)}. {advice}", _end_of(log))
+    return next((text.format(*match.groups()) for match, text in found if match), None)
 
 
 def _end_of(log: str) -> str:
