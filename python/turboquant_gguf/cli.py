@@ -15,6 +15,7 @@ from rich.markup import escape
 from .commands.bench import bench
 from .commands.convert import convert
 from .commands.demo import demo
+from .commands.inspect import inspect
 from .commands.types import types
 from .commands.verify import verify
 from .errors import TurboquantError
@@ -34,6 +35,7 @@ def cli() -> None:
 cli.add_command(bench)
 cli.add_command(convert)
 cli.add_command(demo)
+cli.add_command(inspect)
 cli.add_command(types)
 cli.add_command(verify)
 

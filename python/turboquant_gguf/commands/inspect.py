@@ -1,0 +1,75 @@
+"""`turboquant-gguf inspect`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from .. import inspection as library
+from .. import inspectiontables
+from ..errors import TurboquantError
+
+EPILOG = """\b
+Examples:
+  turboquant-gguf inspect my.gguf
+  turboquant-gguf inspect my.gguf --memory 8GiB
+  turboquant-gguf inspect my-00001-of-00003.gguf --memory 24GB
+  turboquant-gguf inspect my.gguf --memory 8GiB --types f16,turbo4,turbo3
+  turboquant-gguf inspect my.gguf --memory 8GiB --json > my.json
+"""
+
+
+def _memory(_context: click.Context, _parameter: click.Parameter, text: str | None) -> int | None:
+    try:
+        return library.parse_size(text) if text is not None else None
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+
+
+@click.command(epilog=EPILOG, short_help="Show what a GGUF holds and which contexts fit in memory.")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option(
+    "--memory",
+    metavar="SIZE",
+    callback=_memory,
+    help="Show the longest context that fits in SIZE with the weights and all buffers: 8GiB, 500MB or bytes.",
+)
+@click.option(
+    "--types",
+    default=",".join(library.DEFAULT_TYPES),
+    show_default=", ".join(library.DEFAULT_TYPES),  # with blanks, where lines may break
+    help="Cache types, separated by commas; each is tried for keys and for values.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print all of it, every pair of types, as JSON.")
+def inspect(file: Path, memory: int | None, types: str, as_json: bool) -> None:
+    """Show what the GGUF FILE holds, what its KV cache takes with every pair of types, and what fits in memory.
+
+    Any part of a split model stands for all of it. Sizes come from llama.cpp itself, which is asked for contexts
+    without loading weights or allocating caches, so this takes a second and hardly any memory. They hold for one
+    sequence (--parallel 1), batches of 512 tokens (llama-server's default), flash attention and the CPU.
+    """
+    report = library.inspect(file=file, memory=memory, types=types.split(","))
+    if as_json:
+        click.echo(json.dumps(library.as_json(report), indent=2))
+    else:
+        _show(report)
+    if report.error:
+        raise TurboquantError(report.error)
+
+
+def _show(report: library.Report) -> None:
+    console = Console(highlight=False)
+    console.print(inspectiontables.heading(report))
+    console.print(inspectiontables.facts(report))
+    if report.tensors:
+        console.print()
+        console.print(inspectiontables.tensors(report))
+    if report.caches:
+        console.print()
+        console.print(inspectiontables.caches(report))
+    elif report.no_caches:
+        console.print()
+        console.print(report.no_caches)
