@@ -34,14 +34,14 @@ def sentences(text: str) -> str:
     return " ".join(text.split())
 
 
-@pytest.mark.parametrize("arguments", [[], ["bench"], ["demo"], ["types"]])
+@pytest.mark.parametrize("arguments", [[], ["bench"], ["demo"], ["inspect"], ["types"]])
 def test_help_fits_80_columns(arguments):
     shown = run(*arguments, "--help")
     assert shown.returncode == 0
     assert max(map(len, shown.stdout.splitlines())) <= 80
 
 
-@pytest.mark.parametrize("example", ["demo --model my.gguf", "bench my.gguf --types"])
+@pytest.mark.parametrize("example", ["demo --model my.gguf", "bench my.gguf --types", "inspect my.gguf --memory"])
 def test_help_has_examples(example):
     assert f"turboquant-gguf {example}" in run(example.split()[0], "--help").stdout
 
