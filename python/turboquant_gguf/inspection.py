@@ -134,8 +134,8 @@ class Report:
 
     @property
     def values_rotated(self) -> bool:
-        """Whether the weights already turn the values as the cache wants them."""
-        return self.turboquant.get(f"{PREFIX}values.transform", "none") != "none"
+        """Whether the weights rotate the values, so that the cache need not: what llama.cpp goes by."""
+        return f"{PREFIX}values.version" in self.turboquant
 
 
 def inspect(*, file: Path, types: Sequence[str] = DEFAULT_TYPES, memory: int | None = None) -> Report:
