@@ -26,6 +26,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from . import checkpoint, converter, value_rotation
 from . import verify as verification
 from .errors import TurboquantError
+from .modelmemory import ModelMemory, RefusedError
 
 OUTTYPES = {"auto": "GUESSED", "f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
 """Types of the large tensors, and what gguf-py calls the file type."""
@@ -95,6 +96,7 @@ def convert(
     with _beside(output) as unfinished:
         with _converter_errors(console):
             count = _write(writer, unfinished, console)
+        _check_loads(unfinished)
         if verify:
             _verify(model_dir, unfinished, console)
         size = unfinished.stat().st_size
@@ -273,6 +275,18 @@ class _Watched:
             data = gguf.LazyNumpyTensor.to_eager(self._tensor)
             file.write(np.ascontiguousarray(data).data.cast("B"))
         self._written()
+
+
+def _check_loads(path: Path) -> None:
+    try:
+        with ModelMemory(path):
+            pass
+    except RefusedError as error:
+        raise TurboquantError(
+            "llama.cpp cannot load what was written, so it was not kept. Do config.json and the weights belong to one "
+            "model?",
+            error.details or str(error),
+        ) from error
 
 
 def _verify(model_dir: Path, path: Path, console: Console) -> None:
