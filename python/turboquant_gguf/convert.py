@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -245,14 +246,24 @@ def _write(writer: Any, path: Path, console: Console) -> int:
         TextColumn(f"{{task.fields[tensors]}}/{len(infos)} tensors"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Progress(*columns, console=console, transient=True) as bar, ThreadPoolExecutor(1) as disk:
         task = bar.add_task("", total=size, tensors=0)
+        flushed: Future[None] | None = None
+
+        def written(number: int, bytes_: int, file: BinaryIO) -> None:
+            nonlocal flushed
+            bar.update(task, advance=bytes_, tensors=number)
+            if not flushed or flushed.done():  # the disk works while the next tensors are computed
+                flushed = disk.submit(os.fsync, file.fileno())
+
         for number, info in enumerate(infos, start=1):
-            info.tensor = _Watched(info.tensor, partial(bar.update, task, advance=info.nbytes, tensors=number))
+            info.tensor = _Watched(info.tensor, partial(written, number, info.nbytes))
         try:
             writer.write_header_to_file(path)
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file()
+            if flushed:
+                flushed.result()
         finally:
             writer.close()
     return len(infos)
@@ -261,7 +272,7 @@ def _write(writer: Any, path: Path, console: Console) -> int:
 class _Watched:
     """A tensor of gguf-py's that says when it is written, and why if it cannot be."""
 
-    def __init__(self, tensor: Any, written: Callable[[], None]) -> None:
+    def __init__(self, tensor: Any, written: Callable[[BinaryIO], None]) -> None:
         self.nbytes = tensor.nbytes
         self._tensor = tensor
         self._written = written
@@ -274,7 +285,7 @@ class _Watched:
         else:  # not numpy's tofile, whose error does not say that the disk is full
             data = gguf.LazyNumpyTensor.to_eager(self._tensor)
             file.write(np.ascontiguousarray(data).data.cast("B"))
-        self._written()
+        self._written(file)
 
 
 def _check_loads(path: Path) -> None:

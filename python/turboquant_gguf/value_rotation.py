@@ -178,19 +178,25 @@ def hadamard(size: int) -> NDArray[np.float32]:
 def rotate(values: NDArray[np.float32], head_size: int) -> NDArray[np.float32]:
     """R v of each head's vector v along the last dimension: float32 (..., heads * head_size), returned in that shape.
 
-    The rows of W_o, too: (W_o R^T) holds R w of each of its rows w.
+    So of the rows w of W_o, too, since W_o R^T has the rows R w.
     """
-    size = block_size(head_size)
-    heads = (values.reshape(-1, size) @ hadamard(size)).reshape(-1, head_size)
+    heads = (values.reshape(-1, block_size(head_size)) @ hadamard(block_size(head_size))).reshape(-1, head_size)
     heads *= signs(head_size)
     return heads.reshape(values.shape)
 
 
+def rotate_rows(weights: NDArray[np.float32], head_size: int) -> NDArray[np.float32]:
+    """R W of each head's rows W: float32 (heads * head_size, columns) or a bias (heads * head_size,)."""
+    size, columns = block_size(head_size), weights.size // len(weights)
+    heads = (hadamard(size) @ weights.reshape(-1, size, columns)).reshape(-1, head_size, columns)
+    heads *= signs(head_size)[:, None]
+    return heads.reshape(weights.shape)
+
+
 def apply(part: Rows | Columns, tensor: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The tensor with that part rotated; a weight of shape (rows, columns) or a bias of shape (rows,)."""
+    """A copy of the tensor with that part rotated: a weight of shape (rows, columns) or a bias of shape (rows,)."""
     if isinstance(part, Columns):
         return rotate(tensor, part.head_size)
-    rotated = tensor.copy()
     rows = slice(part.begin, part.begin + part.count)
-    rotated[rows] = rotate(np.ascontiguousarray(tensor[rows].T), part.head_size).T
-    return rotated
+    rotated = rotate_rows(tensor[rows], part.head_size)
+    return rotated if part.count == len(tensor) else np.concatenate([tensor[: rows.start], rotated, tensor[rows.stop :]])
