@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -281,7 +282,7 @@ def test_disk_that_fills_up(llama, tmp_path):
 
 
 def test_disk_that_is_too_small_is_noticed_before_writing(llama, tmp_path, monkeypatch):
-    monkeypatch.setattr("shutil.disk_usage", lambda path: (1e9, 1e9, 1000))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
     refused(llama, "has 0.0 GB left", tmp_path)
 
 
@@ -295,6 +296,15 @@ def test_interruption_leaves_nothing(smollm2_folder, tmp_path, number):
     process.send_signal(number)
     assert process.wait(60) == 128 + number
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_not_installed_is_named(llama, tmp_path):
+    script = "import sys; sys.modules[sys.argv.pop(1)] = None; from turboquant_gguf import cli; sys.exit(cli.main())"
+    for package in ("torch", "transformers", "yaml"):
+        command = [sys.executable, "-c", script, package, "convert", llama, "-o", tmp_path / "out.gguf"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 1
+        assert f"needs the Python package {package}" in done.stderr and "turboquant-gguf[convert]" in done.stderr
 
 
 # ---- a real model ----

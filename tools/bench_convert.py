@@ -108,7 +108,9 @@ def main() -> None:
                     found[name].append(measure(how, folder / "checkpoint", folder / "out.gguf", arguments.outtype))
     finally:
         shutil.rmtree(folder)
-    table = Table(title=f"{arguments.parameters:.2g} parameters, bf16 to {arguments.outtype}, {arguments.rounds} rounds")
+    table = Table(
+        title=f"{arguments.parameters:.2g} parameters, bf16 to {arguments.outtype}, {arguments.rounds} rounds"
+    )
     for heading in ("converter", "seconds, median", "times llama.cpp's", "peak MB", "times llama.cpp's"):
         table.add_column(heading, justify="left" if heading == "converter" else "right")
     base = found[next(iter(SUBJECTS))]

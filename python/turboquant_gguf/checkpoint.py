@@ -11,8 +11,11 @@ CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 
 
-def check(folder: Path) -> None:
-    """Raise TurboquantError unless `folder` holds a checkpoint whose weights are all there."""
+def find(folder: Path) -> list[Path]:
+    """The safetensors files of the checkpoint in `folder`; none if it has the older pytorch_model*.bin.
+
+    Raises TurboquantError if it is no checkpoint, or if files are missing.
+    """
     if not folder.is_dir():
         what = "is a file, not a folder" if folder.is_file() else "does not exist"
         raise TurboquantError(f"{folder} {what}. Give the folder of a Hugging Face checkpoint (with its config.json).")
@@ -28,12 +31,12 @@ def check(folder: Path) -> None:
         shards = sorted(folder / name for name in named)
     if not shards and not list(folder.glob("pytorch_model*.bin")):
         raise TurboquantError(f"{folder} holds no weights (*.safetensors or pytorch_model*.bin). Download them too.")
-    for shard in shards:
-        _check_shard(shard)
+    return shards
 
 
-def _check_shard(shard: Path) -> None:
-    from safetensors import SafetensorError, safe_open  # comes with transformers
+def check_whole(shard: Path) -> None:
+    """Raise TurboquantError unless the safetensors file holds all that it says. Needs safetensors."""
+    from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(shard, framework="numpy"):

@@ -73,8 +73,11 @@ def convert(
     """
     if output:
         _check_output(output, force)
-    checkpoint.check(model_dir)
+    shards = checkpoint.find(model_dir)
     with console.status("Reading the checkpoint"), _converter_errors(console):
+        converter.load()
+        for shard in shards:
+            checkpoint.check_whole(shard)
         tensors = _Tensors()
         model = _open(model_dir, outtype, tensors)
         writer = model.gguf_writer

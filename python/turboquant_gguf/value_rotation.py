@@ -199,4 +199,6 @@ def apply(part: Rows | Columns, tensor: NDArray[np.float32]) -> NDArray[np.float
         return rotate(tensor, part.head_size)
     rows = slice(part.begin, part.begin + part.count)
     rotated = rotate_rows(tensor[rows], part.head_size)
-    return rotated if part.count == len(tensor) else np.concatenate([tensor[: rows.start], rotated, tensor[rows.stop :]])
+    return (
+        rotated if part.count == len(tensor) else np.concatenate([tensor[: rows.start], rotated, tensor[rows.stop :]])
+    )
