@@ -1,5 +1,6 @@
 """`turboquant-gguf convert`: the same model, whatever it is stored in, and nothing half-written."""
 
+import ctypes
 import json
 import os
 import re
@@ -329,3 +330,17 @@ def test_command(smollm2_folder, tmp_path, monkeypatch):
 def test_help_at_80_columns():
     text = CliRunner(env={"COLUMNS": "80"}).invoke(cli.cli, ["convert", "--help"]).stdout
     assert "--rotate" in text and max(map(len, text.splitlines())) <= 80
+
+
+def test_a_closed_model_leaves_the_log_as_it_was(smollm2):
+    from llama_cpp import llama_cpp
+
+    def logger() -> int | None:
+        function, data = llama_cpp.llama_log_callback(), ctypes.c_void_p()
+        llama_cpp.llama_log_get(ctypes.byref(function), ctypes.byref(data))
+        return ctypes.cast(function, ctypes.c_void_p).value
+
+    before = logger()
+    with Model(smollm2, context=8):
+        assert logger() != before
+    assert logger() == before

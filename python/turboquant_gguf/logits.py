@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Self
@@ -34,16 +34,8 @@ class Model:
     def __init__(self, path: Path, *, context: int, types: CacheTypes = EXACT) -> None:
         check_model_file(path)
         self._llama = llama = _bindings()
-        errors: list[str] = []
-
-        @llama.llama_log_callback
-        def log(level: int, text: bytes, _user_data: object) -> None:
-            if level == _LOG_ERROR:
-                errors.append(text.decode("utf-8", "replace"))
-
-        self._log = log  # libllama calls it as long as this model lives
-        llama.llama_log_set(log, None)
         with ExitStack() as owned:
+            errors = owned.enter_context(_captured_errors(llama))
             params = llama.llama_model_default_params()
             params.n_gpu_layers = 0
             self._model = llama.llama_model_load_from_file(str(path).encode(), params)
@@ -106,6 +98,25 @@ class Model:
             llama.llama_batch_free(batch)
         size = (len(tokens), self.vocabulary_size)
         return np.ctypeslib.as_array(llama.llama_get_logits(self._context), size).copy()
+
+
+@contextmanager
+def _captured_errors(llama: ModuleType) -> Iterator[list[str]]:
+    """Collects what libllama logs as errors inside the block, and keeps the rest of its log from the terminal."""
+    errors: list[str] = []
+
+    @llama.llama_log_callback
+    def collect(level: int, text: bytes, _data: object) -> None:
+        if level == _LOG_ERROR:
+            errors.append(text.decode("utf-8", "replace"))
+
+    previous, data = llama.llama_log_callback(), ctypes.c_void_p()
+    llama.llama_log_get(ctypes.byref(previous), ctypes.byref(data))
+    llama.llama_log_set(collect, None)
+    try:
+        yield errors
+    finally:
+        llama.llama_log_set(previous, data)
 
 
 def _bindings() -> ModuleType:
