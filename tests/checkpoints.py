@@ -88,6 +88,7 @@ ROTATABLE: dict[str, tuple[str, str, dict]] = {
     "llama, biases": ("llama", "LlamaConfig", _EXPLICIT | dict(attention_bias=True)),
     "llama, head size 48": ("llama", "LlamaConfig", _EXPLICIT | dict(head_dim=48)),
     "llama, head size 80": ("llama", "LlamaConfig", _EXPLICIT | dict(head_dim=80, num_key_value_heads=1)),
+    "llama, head size 96": ("llama", "LlamaConfig", _EXPLICIT | dict(head_dim=96)),
     "mistral": ("llama", "MistralConfig", _EXPLICIT | dict(sliding_window=None)),
     "mixtral": ("llama", "MixtralConfig", _EXPLICIT | _LOCAL_EXPERTS),
     "nemotron": ("nemotron", "NemotronConfig", _DERIVED),
@@ -104,6 +105,11 @@ ROTATABLE: dict[str, tuple[str, str, dict]] = {
     "seed_oss": ("seed_oss", "SeedOssConfig", _EXPLICIT),
     "smollm3": ("smollm3", "SmolLM3Config", _DERIVED | dict(num_hidden_layers=5)),
     "stablelm": ("stablelm", "StableLmConfig", _DERIVED | dict(use_qkv_bias=True, partial_rotary_factor=0.25)),
+    "stablelm, head size 64": (
+        "stablelm",
+        "StableLmConfig",
+        _DERIVED | dict(hidden_size=256, use_qkv_bias=True, partial_rotary_factor=0.25),
+    ),
     "starcoder2": ("starcoder2", "Starcoder2Config", _DERIVED | dict(use_bias=True)),
 }
 NOT_ROTATABLE: dict[str, tuple[str, str, dict]] = {

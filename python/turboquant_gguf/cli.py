@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from .commands.bench import bench
+from .commands.calibrate import calibrate
 from .commands.convert import convert
 from .commands.demo import demo
 from .commands.inspect import inspect
@@ -33,6 +34,7 @@ def cli() -> None:
 
 
 cli.add_command(bench)
+cli.add_command(calibrate)
 cli.add_command(convert)
 cli.add_command(demo)
 cli.add_command(inspect)

@@ -10,7 +10,6 @@ import errno
 import json
 import logging
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -24,7 +23,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from . import checkpoint, converter, value_rotation
+from . import checkpoint, converter, outputfile, value_rotation
 from . import verify as verification
 from .errors import TurboquantError
 from .modelmemory import ModelMemory, RefusedError
@@ -72,7 +71,7 @@ def convert(
     The file appears under its name only when it is whole. Raises TurboquantError with what to do about it.
     """
     if output:
-        _check_output(output, force)
+        outputfile.check(output, force)
     shards = checkpoint.find(model_dir)
     with console.status("Reading the checkpoint"), _converter_errors(console):
         converter.load()
@@ -86,7 +85,7 @@ def convert(
     outtype = next(name for name, file_type in OUTTYPES.items() if file_type == model.ftype.name)
     if output is None:
         output = Path(f"{model_dir.resolve().name}-{outtype}.gguf")
-        _check_output(output, force)
+        outputfile.check(output, force)
 
     reason = "--rotate none was given" if rotate == "none" else _plan(writer, tensors)
     if reason and rotate == "values":
@@ -97,7 +96,7 @@ def convert(
     rotated = "rotated in the weights" if not reason else f"not rotated in the weights: {reason}"
     console.print(f"{escape(model_dir.resolve().name)}: {writer.arch}, values {rotated}", highlight=False)
 
-    with _beside(output) as unfinished:
+    with outputfile.beside(output) as unfinished:
         with _converter_errors(console):
             count = _write(writer, unfinished, console)
         _check_loads(unfinished)
@@ -211,37 +210,11 @@ def _plan(writer: Any, tensors: _Tensors) -> str | None:
 #
 
 
-def _check_output(output: Path, force: bool) -> None:
-    if output.is_dir():
-        raise TurboquantError(f"{output} is a folder. Give the name of the file to write.")
-    if output.exists() and not force:
-        raise TurboquantError(f"{output} exists already. Give another name with -o, or replace it with --force.")
-    if not output.absolute().parent.is_dir():
-        raise TurboquantError(f"There is no folder {output.absolute().parent} to write {output.name} into.")
-
-
-@contextmanager
-def _beside(output: Path) -> Iterator[Path]:
-    """A file beside `output` that takes its name if all goes well, and is gone otherwise."""
-    unfinished = output.with_name(f"{output.name}.partial")
-    try:
-        yield unfinished
-        with unfinished.open("rb") as file:
-            os.fsync(file.fileno())
-        unfinished.replace(output)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
 def _write(writer: Any, path: Path, console: Console) -> int:
     """Computes and writes every tensor, with a bar; returns how many."""
     infos = [info for shard in writer.tensors for info in shard.values()]
     size = sum(info.nbytes for info in infos)
-    if (free := shutil.disk_usage(path.absolute().parent).free) < size:
-        raise TurboquantError(
-            f"The file takes {size / 1e9:.1f} GB, and {path.absolute().parent} has {free / 1e9:.1f} GB left. "
-            "Free some space, or write elsewhere with -o."
-        )
+    outputfile.check_space(path, size)
     columns = (
         TextColumn("Writing"),
         BarColumn(),

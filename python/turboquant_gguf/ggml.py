@@ -7,7 +7,7 @@ import itertools
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from ctypes import POINTER, c_bool, c_char_p, c_float, c_int, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
+from ctypes import POINTER, c_bool, c_char_p, c_float, c_int, c_int32, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
 from functools import cache
 from typing import Self
 
@@ -56,6 +56,27 @@ class MemoryLayer(ctypes.Structure):
         ("shares", c_bool),
     ]
 
+
+class Attention(ctypes.Structure):
+    """turbo_attention: what attention in one layer got."""
+
+    _fields_ = [
+        ("layer", c_int32),
+        ("tokens", c_int32),
+        ("heads", c_int32),
+        ("kv_heads", c_int32),
+        ("head_size", c_int32),
+        ("scale", c_float),
+        ("soft_cap", c_float),
+        ("sinks", c_bool),
+        ("q", POINTER(c_float)),
+        ("k", POINTER(c_float)),
+        ("mask", POINTER(c_float)),
+    ]
+
+
+attention_callback = ctypes.CFUNCTYPE(c_bool, POINTER(Attention), c_void_p)
+"""turbo_attention_callback."""
 
 GGUF_SCALARS = {
     "u8": ctypes.c_uint8,
@@ -122,6 +143,10 @@ _PROTOTYPES: dict[str, dict[str, tuple]] = {
         "gguf_get_tensor_type": (c_int, c_void_p, c_int64),
         "gguf_get_tensor_offset": (c_size_t, c_void_p, c_int64),
         "gguf_get_tensor_size": (c_size_t, c_void_p, c_int64),
+        "gguf_remove_key": (c_int64, c_void_p, c_char_p),
+        "gguf_set_val_u32": (None, c_void_p, c_char_p, c_uint32),
+        "gguf_set_arr_data": (None, c_void_p, c_char_p, c_int, c_void_p, c_size_t),
+        "gguf_write_to_file": (c_bool, c_void_p, c_char_p, c_bool),
         "turbo_get_codec": (POINTER(TurboCodec), c_int),
     },
     "ggml-cpu": {
@@ -139,6 +164,9 @@ _PROTOTYPES: dict[str, dict[str, tuple]] = {
         "turbo_memory_get_layer": (MemoryLayer, c_void_p, c_uint32),
         "turbo_memory_measure": (c_bool, c_void_p, c_int, c_int, c_uint32, c_uint32, POINTER(MemorySize)),
         "turbo_memory_errors": (c_char_p,),
+        "turbo_observer_new": (c_void_p, attention_callback, c_void_p),
+        "turbo_observer_free": (None, c_void_p),
+        "turbo_observer_eval": (c_bool, c_void_p, c_bool, c_void_p),
     },
 }
 

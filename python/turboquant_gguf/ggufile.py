@@ -5,12 +5,16 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
 
 from . import ggml
 from .errors import TurboquantError
@@ -78,7 +82,7 @@ class GGUFFile:
         self._context = None
         self._owned.close()
 
-    def ask(self, function: str, *arguments: int) -> Any:
+    def ask(self, function: str, *arguments: Any) -> Any:
         """What ggml's `function` says of this file. Raises ValueError once it is closed."""
         if not self._context:
             raise ValueError(f"{self.path} is closed")
@@ -111,6 +115,31 @@ class GGUFFile:
                 )
             kind = _text(ggml.function("ggml_type_name")(self.ask("gguf_get_tensor_type", number)))
             yield Tensor(name, tuple(shape), kind, size)
+
+
+def rewrite(source: Path, output: Path, prefix: str, changes: Mapping[str, int | NDArray]) -> None:
+    """Copy a GGUF, with other metadata: `changes` instead of all keys that begin with `prefix`.
+
+    Tensors are copied as they are, in pieces. A number is written as uint32, an array as what it is (int32 or float32).
+    Raises TurboquantError as GGUFFile does.
+    """
+    with GGUFFile(source) as file:
+        data = file.ask("gguf_get_data_offset")
+        for key in file.metadata:
+            if key.startswith(prefix):
+                file.ask("gguf_remove_key", key.encode())
+        for key, value in changes.items():
+            if isinstance(value, int):
+                file.ask("gguf_set_val_u32", key.encode(), value)
+            else:
+                kind = {"int32": "i32", "float32": "f32"}[value.dtype.name]
+                array = np.ascontiguousarray(value)
+                file.ask("gguf_set_arr_data", key.encode(), _type_number(kind), ggml.pointer(array), array.size)
+        if not file.ask("gguf_write_to_file", os.fsencode(output), True):
+            raise OSError(None, "The metadata could not be written", str(output))
+    with source.open("rb") as old, output.open("ab") as new:
+        old.seek(data)
+        shutil.copyfileobj(old, new, 1 << 24)
 
 
 class Array(Sequence):
@@ -202,6 +231,10 @@ def _refused(path: Path, log: str) -> TurboquantError:
 
 def _type_name(number: int) -> str:
     return _text(ggml.function("gguf_type_name")(number))
+
+
+def _type_number(name: str) -> int:
+    return next(number for number in range(len(ggml.GGUF_SCALARS) + 2) if _type_name(number) == name)
 
 
 def _text(value: bytes) -> str:

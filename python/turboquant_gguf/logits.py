@@ -27,13 +27,16 @@ _NOT_QUANTIZED = ("f32", "f16", "bf16")
 class Model:
     """A GGUF with one sequence. A context manager: it owns memory.
 
-    path: the GGUF. context: the most tokens it is asked about. types: of the KV cache. Raises TurboquantError if the
+    path: the GGUF. context: the most tokens it is asked about. types: of the KV cache. observer: a turbo_observer
+    (turbo-observer.h) that is to see attention; it needs flash attention, which is on then. Raises TurboquantError if the
     model cannot be loaded with them.
     """
 
-    def __init__(self, path: Path, *, context: int, types: CacheTypes = EXACT) -> None:
+    def __init__(
+        self, path: Path, *, context: int, types: CacheTypes = EXACT, observer: int | None = None
+    ) -> None:
         check_model_file(path)
-        self._llama = llama = _bindings()
+        self.bindings = llama = _bindings()
         with ExitStack() as owned:
             errors = owned.enter_context(_captured_errors(llama))
             params = llama.llama_model_default_params()
@@ -42,22 +45,27 @@ class Model:
             if not self._model:
                 raise tool_error("libllama", 1, "".join(errors))
             owned.callback(llama.llama_model_free, self._model)
-            self._context = llama.llama_init_from_model(self._model, self._context_params(context, types))
-            if not self._context:
+            params = self._context_params(context, types, observer)
+            self.context = llama.llama_init_from_model(self._model, params)
+            if not self.context:
                 raise tool_error("libllama", 1, "".join(errors))
-            owned.callback(llama.llama_free, self._context)
+            owned.callback(llama.llama_free, self.context)
             self._owned = owned.pop_all()
         self._vocabulary = llama.llama_model_get_vocab(self._model)
 
-    def _context_params(self, context: int, types: CacheTypes) -> ctypes.Structure:
-        params = self._llama.llama_context_default_params()
+    def _context_params(self, context: int, types: CacheTypes, observer: int | None) -> ctypes.Structure:
+        params = self.bindings.llama_context_default_params()
         params.n_ctx = params.n_batch = params.n_ubatch = context
         params.type_k, params.type_v = ggml.type_number(types.k), ggml.type_number(types.v)
         # Flash attention rounds queries and sums; without it a float32 cache is exact. Quantized values need it.
-        exact = types.k in _NOT_QUANTIZED and types.v in _NOT_QUANTIZED
+        exact = types.k in _NOT_QUANTIZED and types.v in _NOT_QUANTIZED and not observer
         params.flash_attn_type = (
-            self._llama.LLAMA_FLASH_ATTN_TYPE_DISABLED if exact else self._llama.LLAMA_FLASH_ATTN_TYPE_ENABLED
+            self.bindings.LLAMA_FLASH_ATTN_TYPE_DISABLED if exact else self.bindings.LLAMA_FLASH_ATTN_TYPE_ENABLED
         )
+        if observer:
+            evaluate = ctypes.cast(ggml.function("turbo_observer_eval"), ctypes.c_void_p).value
+            params.cb_eval = self.bindings.ggml_backend_sched_eval_callback(evaluate)
+            params.cb_eval_user_data = observer
         return params
 
     def __enter__(self) -> Self:
@@ -69,35 +77,49 @@ class Model:
     @property
     def vocabulary_size(self) -> int:
         """Tokens in the vocabulary: what the model's last layer has rows for."""
-        return self._llama.llama_vocab_n_tokens(self._vocabulary)
+        return self.bindings.llama_vocab_n_tokens(self._vocabulary)
 
     def tokenize(self, text: str) -> list[int]:
         """Tokens of a text, with those that the model wants at the beginning."""
         data = text.encode()
         room = len(data) + 8
         tokens = (ctypes.c_int32 * room)()
-        count = self._llama.llama_tokenize(self._vocabulary, data, len(data), tokens, room, True, False)
+        count = self.bindings.llama_tokenize(self._vocabulary, data, len(data), tokens, room, True, False)
         if count < 0:
             raise TurboquantError("The model's tokenizer made more tokens of the text than it has bytes.")
         return list(tokens[:count])
 
     def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         """The logits after each of `tokens`, read in one batch from an empty cache: float32 (tokens, vocabulary)."""
-        llama = self._llama
-        llama.llama_memory_clear(llama.llama_get_memory(self._context), True)
+        self.run(tokens, logits=True)
+        size = (len(tokens), self.vocabulary_size)
+        return np.ctypeslib.as_array(self.bindings.llama_get_logits(self.context), size).copy()
+
+    def next_logits(self, token: int, position: int) -> NDArray[np.float32]:
+        """The logits after one more token at `position`, with what is in the cache: float32 (1, vocabulary)."""
+        self._decode([token], position, logits=False)
+        size = (1, self.vocabulary_size)
+        return np.ctypeslib.as_array(self.bindings.llama_get_logits(self.context), size).copy()
+
+    def run(self, tokens: Sequence[int], *, logits: bool = False) -> None:
+        """Read `tokens` in one batch from an empty cache. logits: of each of them, not of the last alone."""
+        llama = self.bindings
+        llama.llama_memory_clear(llama.llama_get_memory(self.context), True)
+        self._decode(tokens, 0, logits=logits)
+
+    def _decode(self, tokens: Sequence[int], position: int, *, logits: bool) -> None:
+        llama = self.bindings
         batch = llama.llama_batch_init(len(tokens), 0, 1)
         try:
             batch.n_tokens = len(tokens)
             for i, token in enumerate(tokens):
-                batch.token[i], batch.pos[i] = token, i
+                batch.token[i], batch.pos[i] = token, position + i
                 batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
-                batch.logits[i] = 1
-            if status := llama.llama_decode(self._context, batch):
+                batch.logits[i] = logits or i == len(tokens) - 1
+            if status := llama.llama_decode(self.context, batch):
                 raise TurboquantError(f"llama.cpp could not run the model (llama_decode returned {status}).")
         finally:
             llama.llama_batch_free(batch)
-        size = (len(tokens), self.vocabulary_size)
-        return np.ctypeslib.as_array(llama.llama_get_logits(self._context), size).copy()
 
 
 @contextmanager

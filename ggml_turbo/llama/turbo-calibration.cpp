@@ -1,0 +1,224 @@
+#include "llama/turbo-calibration.h"
+
+#include "llama-impl.h"
+#include "llama-io.h"
+#include "llama-model.h"
+
+#include "gguf.h"
+
+#include <cmath>
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+static const std::string KEY = "turboquant.keys.";
+
+// Thrown as one sentence: what is wrong, and what to do.
+static std::runtime_error refusal(const std::string & what) {
+    return std::runtime_error("the calibration of the keys " + what + ": calibrate the model again");
+}
+
+// The array under a key; empty if there is none.
+template<typename T>
+static std::vector<T> array(const gguf_context * metadata, const std::string & key, gguf_type type) {
+    const int64_t id = gguf_find_key(metadata, (KEY + key).c_str());
+    if (id < 0) {
+        return {};
+    }
+    if (gguf_get_kv_type(metadata, id) != GGUF_TYPE_ARRAY || gguf_get_arr_type(metadata, id) != type) {
+        throw refusal("has a " + KEY + key + " of the wrong type");
+    }
+    const T * data = static_cast<const T *>(gguf_get_arr_data(metadata, id));
+    return { data, data + gguf_get_arr_n(metadata, id) };
+}
+
+// FNV-1a, 64 bits.
+template<typename T>
+static void hash_into(uint64_t & hash, const std::vector<T> & values) {
+    const uint8_t * bytes = reinterpret_cast<const uint8_t *>(values.data());
+    for (size_t i = 0; i < values.size()*sizeof(T); ++i) {
+        hash = (hash ^ bytes[i])*0x100000001b3;
+    }
+}
+
+static bool has_sinks(const gguf_context * metadata, uint32_t n_layer) {
+    for (uint32_t il = 0; il < n_layer; ++il) {
+        if (gguf_find_tensor(metadata, format("blk.%u.attn_sinks.weight", il).c_str()) >= 0) {
+            return true;
+        }
+    }
+    return false;
+}
+
+// Whether the model's graph stores keys through llm_graph_context::build_attn, where queries and keys are calibrated.
+static bool is_supported(const llama_model & model) {
+    switch (model.arch) {
+        case LLM_ARCH_DEEPSEEK32:
+        case LLM_ARCH_DEEPSEEK4:
+        case LLM_ARCH_DFLASH:
+        case LLM_ARCH_DOTS3NOTE:
+        case LLM_ARCH_GLM_DSA:
+        case LLM_ARCH_MINIMAX_M3:
+        case LLM_ARCH_QWEN4EXP:
+            return false;
+        default:
+            return !model.hparams.is_mla();
+    }
+}
+
+std::shared_ptr<const llama_turbo_calibration> llama_turbo_calibration::load(const gguf_context * metadata, const llama_model & model) {
+    const int64_t version = gguf_find_key(metadata, (KEY + "version").c_str());
+    if (version < 0) {
+        return nullptr;
+    }
+    if (gguf_get_kv_type(metadata, version) != GGUF_TYPE_UINT32 || gguf_get_val_u32(metadata, version) != 1) {
+        throw refusal("is not of version 1, the only one this build knows");
+    }
+    const auto & hparams = model.hparams;
+    const auto sizes   = array<int32_t>(metadata, "sizes",  GGUF_TYPE_INT32);
+    const auto centers = array<float>  (metadata, "center", GGUF_TYPE_FLOAT32);
+    const auto scales  = array<float>  (metadata, "scale",  GGUF_TYPE_FLOAT32);
+    if (!is_supported(model)) {
+        throw refusal("is of no use: models of this architecture cannot be calibrated");
+    }
+    if (!centers.empty() && (hparams.attn_soft_cap || has_sinks(metadata, hparams.n_layer_all))) {
+        throw refusal("centres keys, which changes a model with attention sinks or a cap on its scores");
+    }
+    if (sizes.size() != hparams.n_layer_all) {
+        throw refusal(format("is of a model of %zu layers, and this one has %u", sizes.size(), hparams.n_layer_all));
+    }
+
+    auto result = std::make_shared<llama_turbo_calibration>();
+    size_t begin = 0;
+    for (size_t il = 0; il < sizes.size(); ++il) {
+        const size_t size = sizes[il];
+        if (size != 0 && size != hparams.n_embd_k_gqa(il)) {
+            throw refusal(format("has %zu channels in layer %zu, and the model %u", size, il, hparams.n_embd_k_gqa(il)));
+        }
+        if (begin + size > scales.size() || (!centers.empty() && centers.size() != scales.size())) {
+            throw refusal("is too short");
+        }
+        layer made;
+        made.scale.assign(scales.begin() + begin, scales.begin() + begin + size);
+        if (!centers.empty()) {
+            made.center.assign(centers.begin() + begin, centers.begin() + begin + size);
+        }
+        for (size_t i = 0; i < size; ++i) {
+            if (!(made.scale[i] > 0.0f) || !std::isfinite(made.scale[i]) || (!made.center.empty() && !std::isfinite(made.center[i]))) {
+                throw refusal("holds a number that is none, or a scale that is not positive");
+            }
+        }
+        result->layers.push_back(std::move(made));
+        begin += size;
+    }
+    if (begin != scales.size()) {
+        throw refusal("is too long");
+    }
+    result->hash = 0xcbf29ce484222325;
+    hash_into(result->hash, sizes);
+    hash_into(result->hash, centers);
+    hash_into(result->hash, scales);
+    result->hash |= 1;
+    return result;
+}
+
+std::shared_ptr<llama_turbo_keys> llama_turbo_keys::make(const llama_model & model, ggml_type type_k, const std::map<uint32_t, place> & places) {
+    const auto & calibration = model.turbo_calibration;
+    const char * env = getenv("LLAMA_TURBO_CALIBRATION");
+    const std::string asked = env ? env : "";
+    if (!calibration || asked == "0" || (!ggml_is_quantized(type_k) && asked != "force")) {
+        return nullptr;
+    }
+
+    auto result = std::make_shared<llama_turbo_keys>();
+    result->calibration = calibration;
+    for (const auto & [il, place] : places) {
+        const auto & from = calibration->layers[place.owner];
+        if (from.scale.empty()) {
+            continue;
+        }
+        auto & ctx = result->bufs[place.buft].first;
+        if (!ctx) {
+            ctx.reset(ggml_init({ /*.mem_size =*/ 3*places.size()*ggml_tensor_overhead(), /*.mem_buffer =*/ nullptr, /*.no_alloc =*/ true }));
+        }
+        const int64_t n_embd = model.hparams.n_embd_head_k(place.owner);
+        const int64_t n_kv   = model.hparams.n_head_kv(place.owner);
+        result->layers[il] = {
+            from.center.empty() ? nullptr : ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, n_embd, n_kv),
+            ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, n_embd, n_kv),
+            ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, n_embd, model.hparams.n_head(il)),
+        };
+    }
+    for (auto & [buft, buf] : result->bufs) {
+        buf.second.reset(ggml_backend_alloc_ctx_tensors_from_buft(buf.first.get(), buft));
+        if (!buf.second) {
+            throw std::runtime_error("failed to allocate the calibration of the keys");
+        }
+    }
+    for (const auto & [il, to] : result->layers) {
+        const auto & from = calibration->layers[places.at(il).owner];
+        if (to.center) {
+            ggml_backend_tensor_set(to.center, from.center.data(), 0, ggml_nbytes(to.center));
+        }
+        ggml_backend_tensor_set(to.scale, from.scale.data(), 0, ggml_nbytes(to.scale));
+        const size_t n_embd  = to.scale->ne[0];
+        const size_t n_group = to.q_scale->ne[1]/to.scale->ne[1];
+        std::vector<float> q_scale(ggml_nelements(to.q_scale));
+        for (size_t i = 0; i < q_scale.size(); ++i) {
+            q_scale[i] = 1.0f/from.scale[i/(n_embd*n_group)*n_embd + i%n_embd];
+        }
+        ggml_backend_tensor_set(to.q_scale, q_scale.data(), 0, ggml_nbytes(to.q_scale));
+    }
+    LLAMA_LOG_INFO("%s: keys are stored %sscaled by channel in %zu layers (calibration %016llx)\n", __func__,
+        !result->layers.empty() && result->layers.begin()->second.center ? "centred and " : "", result->layers.size(),
+        (unsigned long long) calibration->hash);
+    return result;
+}
+
+ggml_tensor * llama_turbo_keys::apply_k(ggml_context * ctx, ggml_tensor * k, int32_t il) const {
+    const auto it = layers.find(il);
+    if (it == layers.end()) {
+        return k;
+    }
+    if (it->second.center) {
+        k = ggml_sub(ctx, k, it->second.center);
+    }
+    return ggml_mul(ctx, k, it->second.scale);
+}
+
+ggml_tensor * llama_turbo_keys::apply_q(ggml_context * ctx, ggml_tensor * q, int32_t il) const {
+    const auto it = layers.find(il);
+    return it == layers.end() ? q : ggml_mul(ctx, q, it->second.q_scale);
+}
+
+ggml_tensor * llama_turbo_keys::undo_k(ggml_context * ctx, ggml_tensor * k, int32_t il) const {
+    const auto it = layers.find(il);
+    if (it == layers.end()) {
+        return k;
+    }
+    k = ggml_div(ctx, k, it->second.scale);
+    return it->second.center ? ggml_add(ctx, k, it->second.center) : k;
+}
+
+static const uint32_t MARKED = 0x6d627274; // no v_trans, which is 0 or 1
+
+void llama_turbo_write_mark(llama_io_write_i & io, uint64_t mark) {
+    if (mark != 0) {
+        io.write(&MARKED, sizeof(MARKED));
+        io.write(&mark, sizeof(mark));
+    }
+}
+
+bool llama_turbo_read_mark(llama_io_read_i & io, uint64_t mark, uint32_t & v_trans) {
+    uint64_t found = 0;
+    if (v_trans == MARKED) {
+        io.read(&found, sizeof(found));
+        io.read(&v_trans, sizeof(v_trans));
+    }
+    if (found != mark) {
+        LLAMA_LOG_ERROR("%s: this state was saved by a model whose keys are calibrated otherwise, or whose values are rotated otherwise "
+            "(%016llx, not %016llx): evaluate its tokens again\n", __func__, (unsigned long long) found, (unsigned long long) mark);
+        return false;
+    }
+    return true;
+}

@@ -1,0 +1,84 @@
+#pragma once
+
+// Calibrated key caches: keys are stored centred and scaled channel by channel, queries make up for it, and every score
+// differs from what it was by a constant of its query, which softmax does not see (docs/calibration.md):
+//
+//     stored key   k' = s (k - m)          query   q' = q / s
+//
+// m and s are vectors over the channels of each KV head of a layer, in the file's metadata. They apply after RoPE and
+// before the Hadamard rotation, for quantized keys.
+
+#include "llama.h"
+
+#include "ggml-backend.h"
+#include "ggml-cpp.h"
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <vector>
+
+struct gguf_context;
+struct llama_model;
+class  llama_io_write_i;
+class  llama_io_read_i;
+
+// What a file says. Immutable; shared by the model and its caches.
+struct llama_turbo_calibration {
+    struct layer {
+        std::vector<float> center; // [head size, KV heads]; empty: zero
+        std::vector<float> scale;  // [head size, KV heads]; empty: this layer is not calibrated
+    };
+
+    std::vector<layer> layers;
+    uint64_t           hash = 0; // of all of it; odd
+
+    // From the metadata of a model; null if there is none. Throws if it is damaged, of a version that this build does not
+    // know, or not of this model.
+    static std::shared_ptr<const llama_turbo_calibration> load(const gguf_context * metadata, const llama_model & model);
+};
+
+// The vectors of a cache's layers, on the devices where those layers are.
+class llama_turbo_keys {
+public:
+    // A layer's cache: whose keys it holds (another layer's, where layers share), and where it is.
+    struct place {
+        uint32_t                   owner;
+        ggml_backend_buffer_type_t buft;
+    };
+
+    // Null if the model is not calibrated or keys of type_k are stored as they are. LLAMA_TURBO_CALIBRATION=0 turns it
+    // off; LLAMA_TURBO_CALIBRATION=force on for every type, which loses nothing and tests the arithmetic.
+    static std::shared_ptr<llama_turbo_keys> make(const llama_model & model, ggml_type type_k, const std::map<uint32_t, place> & places);
+
+    uint64_t hash() const { return calibration->hash; }
+
+    // Nodes of a graph. k: [head size, KV heads, tokens], q: [head size, heads, tokens], both F32.
+    ggml_tensor * apply_k(ggml_context * ctx, ggml_tensor * k, int32_t il) const;
+    ggml_tensor * apply_q(ggml_context * ctx, ggml_tensor * q, int32_t il) const;
+    ggml_tensor * undo_k (ggml_context * ctx, ggml_tensor * k, int32_t il) const;
+
+private:
+    struct layer {
+        ggml_tensor * center;  // null: zero
+        ggml_tensor * scale;
+        ggml_tensor * q_scale; // 1/s, repeated for the query heads of each group
+    };
+
+    std::shared_ptr<const llama_turbo_calibration> calibration;
+    std::map<int32_t, layer>                       layers;
+    std::map<ggml_backend_buffer_type_t, std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> bufs;
+};
+
+// q and k as they will be rotated, stored and multiplied; k may be null. keys: null if there is nothing to do.
+static inline void llama_turbo_calibrate(ggml_context * ctx, const llama_turbo_keys * keys, ggml_tensor *& q, ggml_tensor *& k, int32_t il) {
+    if (keys) {
+        q = keys->apply_q(ctx, q, il);
+        k = k ? keys->apply_k(ctx, k, il) : nullptr;
+    }
+}
+
+// A saved state carries a mark of what its keys and values were transformed by; 0: nothing, and then nothing is written.
+// The mark stands before v_trans, which a reader has just read.
+void llama_turbo_write_mark(llama_io_write_i & io, uint64_t mark);
+bool llama_turbo_read_mark (llama_io_read_i  & io, uint64_t mark, uint32_t & v_trans); // false: another one
