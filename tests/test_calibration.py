@@ -1,8 +1,7 @@
-"""Calibrated keys: the same model where nothing is quantized, a better one where keys are, and right wherever keys move."""
+"""Calibrated keys: the same model where nothing is quantized, a better one where keys are, right wherever they move."""
 
 import ctypes
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -13,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from click.testing import CliRunner
 from rich.console import Console
 from safetensors.torch import load_file, save_file
@@ -52,7 +50,9 @@ def tiny(tmp_path: Path, name: str) -> Path:
     """A random model of some architecture."""
     folder = checkpoints.write(tmp_path / name, name)
     with checkpoints.any_pre_tokenizer():
-        return convert(folder, tmp_path / f"{name}.gguf", outtype="f32", rotate="none", console=Console(quiet=True)).path
+        return convert(
+            folder, tmp_path / f"{name}.gguf", outtype="f32", rotate="none", console=Console(quiet=True)
+        ).path
 
 
 def random_calibration(model: Path, output: Path, **changes) -> Path:
@@ -127,7 +127,9 @@ def test_a_channel_made_larger_in_keys_and_smaller_in_queries_changes_nothing():
             moments.add(q / factor, k * factor, mask, factor=0.3, layer=layer)
             layer = moments.solve(centred=True)
         found.append(layer)
-    stored = [layer.scale * (k[:, 0] * factor - layer.center) for layer, factor in zip(found, (1, stretch), strict=True)]
+    stored = [
+        layer.scale * (k[:, 0] * factor - layer.center) for layer, factor in zip(found, (1, stretch), strict=True)
+    ]
     ratio = stored[1] / stored[0]
     assert ratio == pytest.approx(np.full_like(ratio, ratio[0, 0]), rel=1e-3)  # up to one factor
 
@@ -350,7 +352,9 @@ def test_in_place_and_output_names(smollm2, tmp_path, monkeypatch):
         (["calibrate", "model.gguf", "--text", "empty.txt", "-o", "x.gguf"], "too few to learn from"),
     ):
         Path("empty.txt").write_text("Nothing.")
-        ended = subprocess.run([sys.executable, "-m", "turboquant_gguf.cli", *arguments], capture_output=True, text=True)
+        ended = subprocess.run(
+            [sys.executable, "-m", "turboquant_gguf.cli", *arguments], capture_output=True, text=True
+        )
         assert ended.returncode and message in ended.stderr.replace("\n", " "), ended.stderr
     assert CliRunner().invoke(cli.cli, ["calibrate", "model.gguf", "--tokens", "256", "--in-place"]).exit_code == 0
     assert model.read_bytes() == Path("model-calibrated.gguf").read_bytes()

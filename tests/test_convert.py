@@ -142,6 +142,12 @@ def rotation(head_size: int) -> np.ndarray:
     return value_rotation.signs(head_size)[:, None] * blocks
 
 
+def test_calibrated_in_one_go(llama, tmp_path):
+    made = quietly(llama, tmp_path / "out.gguf", outtype="f32", calibrate=True, verify=True)
+    assert made.calibrated and {"turboquant.keys.version", "turboquant.values.version"} <= metadata(made.path).keys()
+    assert [path.name for path in tmp_path.glob("out*")] == ["out.gguf"]
+
+
 # ---- verify ----
 
 

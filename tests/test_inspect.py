@@ -330,13 +330,16 @@ def test_turboquant_metadata(tmp_path):
         "turboquant.values.version": 1,
         "turboquant.values.transform": "hadamard",
         "turboquant.values.seeds": [7, 8],
+        "turboquant.keys.version": 1,
+        "turboquant.keys.sizes": list(range(100)),
     }
     path = tiny_architectures.write(tmp_path / "rotated.gguf", "llama", add=ours)
     report = inspection.inspect(file=path)
     assert report.turboquant == ours
-    assert report.values_rotated
+    assert report.values_rotated and report.keys_calibrated
     shown = text_of(inspectiontables.facts(report))
-    assert "values rotated in the weights" in shown and "turboquant.values.seeds = [7, 8]" in shown
+    assert "values rotated in the weights, keys calibrated" in shown
+    assert "turboquant.values.seeds = [7, 8]" in shown and "turboquant.keys.sizes = 100 numbers" in shown
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,10 @@
 """Centre and scale for stored keys, from what a model's attention does on a text.
 
 A cache of few bits stores k' = s (k - m) and multiplies queries by 1/s. Softmax does not see the difference, and the
-error that quantization makes in the scores can be many times smaller. With noise that is the same in all coordinates of
-k' (the rotation sees to that) and grows with |k'|, the error of the score of query q and key k is proportional to
-|k'| |q'|. What it does to the result of attention is the weight w = p (1 - p) of that pair, where p is its softmax: keys
-that nobody looks at may be wrong, and so may the one that gets all of the attention. So m and s minimize
+error that quantization makes in the scores can be many times smaller. With noise that is the same in all coordinates
+of k' (the rotation sees to that) and grows with |k'|, the error of the score of query q and key k is proportional to
+|k'| |q'|. What it does to the result of attention is the weight w = p (1 - p) of that pair, where p is its softmax:
+keys that nobody looks at may be wrong, and so may the one that gets all of the attention. So m and s minimize
 
     sum over pairs  w |s (k - m)|^2 |q / s|^2
 
@@ -13,8 +13,9 @@ Setting the derivatives to zero, with the other factor held fixed:
     m = sum a k / sum a,   a = sum over queries of w |q'|^2
     s = (sum b q^2 / sum a (k - m)^2)^(1/4),   b = sum over keys of w |k'|^2
 
-Two passes over the text do: the first begins with m = 0 and s = 1, the second with what the first found. Sums are kept for
-each channel, so memory does not depend on the length of the text. docs/calibration.md tells how much each part gains.
+Two passes over the text do: the first begins with m = 0 and s = 1, the second with what the first found. Sums are kept
+for each channel, so memory does not depend on the length of the text. docs/calibration.md tells how much each part
+gains.
 """
 
 from __future__ import annotations
@@ -96,7 +97,9 @@ def calibrate(
     """
     with GGUFModel(model) as file:
         if len(file.paths) > 1:
-            raise TurboquantError(f"{model} is one of {len(file.paths)} parts. Join them first: llama-gguf-split --merge.")
+            raise TurboquantError(
+                f"{model} is one of {len(file.paths)} parts. Join them first: llama-gguf-split --merge."
+            )
         layers = int(file.metadata.get(f"{file.metadata['general.architecture']}.block_count", 0))
     if in_place:
         output = model
@@ -106,7 +109,9 @@ def calibrate(
             raise TurboquantError(f"{output} is the model itself. To replace it, use --in-place instead of -o.")
         outputfile.check(output, force)
     outputfile.check_space(output, model.stat().st_size)
-    content = text.read_text("utf-8") if text else files(__package__).joinpath("data/calibration.txt").read_text("utf-8")
+    content = (
+        text.read_text("utf-8") if text else files(__package__).joinpath("data/calibration.txt").read_text("utf-8")
+    )
 
     windows = _windows(model, content, tokens, seed)
     found: dict[int, Layer] = {}
@@ -117,7 +122,7 @@ def calibrate(
             statistics = _read(model, windows, found, lambda: bar.advance(task))
             if not statistics.moments:
                 raise TurboquantError(
-                    f"{model} has no layer whose keys can be calibrated: it stores none, or shares them with its values."
+                    f"{model} has no keys that can be calibrated: it stores none, or shares them with its values."
                 )
             found = {layer: moments.solve(statistics.centred) for layer, moments in statistics.moments.items()}
             if number == 0:
@@ -140,7 +145,9 @@ def _windows(model: Path, content: str, tokens: int, seed: int) -> list[list[int
     for window in windows[1:]:  # each begins as a text does
         window[0] = prompt[0]
     if sum(map(len, windows)) < WINDOW // 4:
-        raise TurboquantError(f"The text has {len(prompt)} tokens, too few to learn from. Give a longer one with --text.")
+        raise TurboquantError(
+            f"The text has {len(prompt)} tokens, too few to learn from. Give a longer one with --text."
+        )
     return windows
 
 
@@ -179,8 +186,8 @@ class Moments:
     ) -> None:
         """Count the tokens of one window.
 
-        q: (tokens, heads, head size). k: (tokens, KV heads, head size). mask: (tokens, tokens), 0 or -inf. factor: of the
-        scores. soft_cap: 0 for none. layer: the best known so far; None for a centre of 0 and a scale of 1.
+        q: (tokens, heads, head size). k: (tokens, KV heads, head size). mask: (tokens, tokens), 0 or -inf. factor: of
+        the scores. soft_cap: 0 for none. layer: the best known so far; None for a centre of 0 and a scale of 1.
         """
         group = q.shape[1] // k.shape[1]
         layer = layer or Layer(np.zeros(k.shape[1:]), np.ones(k.shape[1:]))

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from . import checkpoint, converter, outputfile, value_rotation
+from . import calibration, checkpoint, converter, outputfile, value_rotation
 from . import verify as verification
 from .errors import TurboquantError
 from .modelmemory import ModelMemory, RefusedError
@@ -39,7 +39,8 @@ class Conversion:
     """What was written.
 
     path: the GGUF. architecture: as GGUF calls it. outtype: type of the large tensors. tensors: their number. size:
-    bytes of the file. rotated: whether the weights rotate the values; reason: why not, or None.
+    bytes of the file. rotated: whether the weights rotate the values; reason: why not, or None. calibrated: whether the
+    keys are calibrated.
     """
 
     path: Path
@@ -49,6 +50,7 @@ class Conversion:
     size: int
     rotated: bool
     reason: str | None
+    calibrated: bool
 
 
 def convert(
@@ -57,6 +59,7 @@ def convert(
     *,
     outtype: str = "auto",
     rotate: str | None = None,
+    calibrate: bool = False,
     verify: bool = False,
     force: bool = False,
     console: Console,
@@ -65,8 +68,9 @@ def convert(
 
     output: the file; None names it after the folder and the outtype, in the current folder. outtype: of the large
     tensors; "auto" keeps the checkpoint's 16-bit type. rotate: "values" (an error where that is not exact), "none", or
-    None for "values" where it is exact. verify: compare the logits with those of transformers before the file gets its
-    name. force: replace an existing file. console: where progress and remarks go.
+    None for "values" where it is exact. calibrate: calibrate the keys as well, with the text of the package. verify:
+    compare the logits with those of transformers before the file gets its name. force: replace an existing file.
+    console: where progress and remarks go.
 
     The file appears under its name only when it is whole. Raises TurboquantError with what to do about it.
     """
@@ -100,10 +104,12 @@ def convert(
         with _converter_errors(console):
             count = _write(writer, unfinished, console)
         _check_loads(unfinished)
+        if calibrate:
+            calibration.calibrate(unfinished, in_place=True, console=console)
         if verify:
             _verify(model_dir, unfinished, console)
         size = unfinished.stat().st_size
-    return Conversion(output, writer.arch, outtype, count, size, not reason, reason)
+    return Conversion(output, writer.arch, outtype, count, size, not reason, reason, calibrate)
 
 
 #

@@ -137,6 +137,11 @@ class Report:
         """Whether the weights rotate the values, so that the cache need not: what llama.cpp goes by."""
         return f"{PREFIX}values.version" in self.turboquant
 
+    @property
+    def keys_calibrated(self) -> bool:
+        """Whether quantized keys are stored centred and scaled: what llama.cpp goes by."""
+        return f"{PREFIX}keys.version" in self.turboquant
+
 
 def inspect(*, file: Path, types: Sequence[str] = DEFAULT_TYPES, memory: int | None = None) -> Report:
     """Read a GGUF file and ask llama.cpp what its caches take.
@@ -185,7 +190,11 @@ def size_text(count: int) -> str:
 
 def as_json(report: Report) -> dict:
     """The report as plain values, field by field."""
-    return {**asdict(report), "values_rotated": report.values_rotated}
+    return {
+        **asdict(report),
+        "values_rotated": report.values_rotated,
+        "keys_calibrated": report.keys_calibrated,
+    }
 
 
 def _single_types(types: Sequence[str]) -> tuple[str, ...]:

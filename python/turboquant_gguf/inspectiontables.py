@@ -16,6 +16,9 @@ from .modelmemory import MOST_TOKENS
 COLUMNS = 8
 """Types side by side in a matrix: as many as fit."""
 
+_SHOWN_ELEMENTS = 8
+"""Arrays of more are counted, not shown."""
+
 
 def heading(report: Report) -> str:
     """The name of the file, or of the first of several parts."""
@@ -53,9 +56,11 @@ def _facts(report: Report) -> Iterator[tuple[str, str]]:
     yield "file", f"{size_text(report.file_bytes)}, of which weights {size_text(report.weight_bytes)}"
     if report.tokenizer:
         yield "tokenizer", _tokenizer(report)
-    yield "turboquant", "values rotated in the weights" if report.values_rotated else "none"
+    found = ["values rotated in the weights"] * report.values_rotated + ["keys calibrated"] * report.keys_calibrated
+    yield "turboquant", ", ".join(found) or "none"
     for key, value in report.turboquant.items():
-        yield "", f"{key} = {value}"
+        many = isinstance(value, list) and len(value) > _SHOWN_ELEMENTS
+        yield "", f"{key} = {f'{len(value)} numbers' if many else value}"
 
 
 def _layers_apart(report: Report) -> str:

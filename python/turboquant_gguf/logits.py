@@ -28,13 +28,11 @@ class Model:
     """A GGUF with one sequence. A context manager: it owns memory.
 
     path: the GGUF. context: the most tokens it is asked about. types: of the KV cache. observer: a turbo_observer
-    (turbo-observer.h) that is to see attention; it needs flash attention, which is on then. Raises TurboquantError if the
-    model cannot be loaded with them.
+    (turbo-observer.h) that is to see attention; it needs flash attention, which is on then. Raises TurboquantError if
+    the model cannot be loaded with them.
     """
 
-    def __init__(
-        self, path: Path, *, context: int, types: CacheTypes = EXACT, observer: int | None = None
-    ) -> None:
+    def __init__(self, path: Path, *, context: int, types: CacheTypes = EXACT, observer: int | None = None) -> None:
         check_model_file(path)
         self.bindings = llama = _bindings()
         with ExitStack() as owned:

@@ -15,7 +15,7 @@ from .. import convert as library
 EPILOG = """\b
 Examples:
   turboquant-gguf convert ~/models/SmolLM2-135M
-  turboquant-gguf convert Qwen3-4B -o qwen3-4b.gguf --outtype q8_0 --verify
+  turboquant-gguf convert Qwen3-4B -o qwen3-4b.gguf --outtype q8_0 --calibrate --verify
   turboquant-gguf convert Qwen3-4B --rotate none --json
   llama-server -m qwen3-4b.gguf --cache-type-k turbo4 --cache-type-v turbo3
 """
@@ -42,13 +42,21 @@ Examples:
     type=click.Choice(library.ROTATIONS),
     help="Rotate the values in the weights, or not [default: where it changes nothing]",
 )
+@click.option("--calibrate", is_flag=True, help="Calibrate the keys as well, as `turboquant-gguf calibrate` does.")
 @click.option(
     "--verify", is_flag=True, help="Compare the logits with those of transformers; keep the file if they agree."
 )
 @click.option("--force", is_flag=True, help="Replace the file if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON; all else goes to stderr.")
 def convert(
-    model_dir: Path, output: Path | None, outtype: str, rotate: str | None, verify: bool, force: bool, as_json: bool
+    model_dir: Path,
+    output: Path | None,
+    outtype: str,
+    rotate: str | None,
+    calibrate: bool,
+    verify: bool,
+    force: bool,
+    as_json: bool,
 ) -> None:
     """Convert the Hugging Face checkpoint in MODEL_DIR (config.json, safetensors, tokenizer) to GGUF.
 
@@ -58,7 +66,14 @@ def convert(
     """
     console = Console(stderr=as_json)
     done = library.convert(
-        model_dir, output, outtype=outtype, rotate=rotate, verify=verify, force=force, console=console
+        model_dir,
+        output,
+        outtype=outtype,
+        rotate=rotate,
+        calibrate=calibrate,
+        verify=verify,
+        force=force,
+        console=console,
     )
     if as_json:
         click.echo(json.dumps(asdict(done), indent=2, default=str))
