@@ -11,6 +11,7 @@ from hypothesis import settings
 from rich.console import Console
 
 from turboquant_gguf import converter, models
+from turboquant_gguf.calibration import calibrate
 from turboquant_gguf.convert import convert
 
 ROOT = Path(__file__).parent.parent
@@ -66,6 +67,19 @@ def smollm2_plain(smollm2_folder) -> Path:
     """SmolLM2-135M-Instruct in float32, as llama.cpp's converter writes it."""
     path = smollm2_folder.parent / "plain.gguf"
     return convert(smollm2_folder, path, outtype="f32", rotate="none", console=Console(quiet=True)).path
+
+
+@pytest.fixture(scope="session")
+def calibrated(smollm2, tmp_path_factory) -> Path:
+    """SmolLM2-135M-Instruct, Q4_1, with the calibration of its keys that a user gets."""
+    path = tmp_path_factory.mktemp("calibrated") / "smollm2.gguf"
+    return calibrate(smollm2, path, console=Console(quiet=True)).path
+
+
+@pytest.fixture(params=["as it is", "calibrated"])
+def model(request, smollm2) -> Path:
+    """SmolLM2-135M-Instruct as it is, and with calibrated keys."""
+    return smollm2 if request.param == "as it is" else request.getfixturevalue("calibrated")
 
 
 @pytest.fixture(scope="session")

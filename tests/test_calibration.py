@@ -34,12 +34,6 @@ def quietly(model: Path, output: Path | None = None, **options) -> Calibration:
     return calibrate(model, output, console=Console(quiet=True), **options)
 
 
-@pytest.fixture(scope="session")
-def calibrated(smollm2, tmp_path_factory) -> Path:
-    """SmolLM2 with the calibration that a user gets."""
-    return quietly(smollm2, tmp_path_factory.mktemp("calibrated") / "smollm2.gguf").path
-
-
 @pytest.fixture
 def environment(monkeypatch):
     """Sets an environment variable for llama.cpp; undone after the test."""
@@ -273,6 +267,65 @@ def test_context_shift_of_partial_rope_and_of_heads_without_rotation(name, tmp_p
     for path in (model, random_calibration(model, tmp_path / "calibrated.gguf")):
         with_shift, without = errors_with_and_without_shift(path, model, types, prompt)
         assert with_shift < min(3 * without, 0.3)
+
+
+class Sequences:
+    """A context of several sequences, read token by token or together. A context manager."""
+
+    def __init__(self, path: Path, types: CacheTypes, *, unified: bool) -> None:
+        from llama_cpp import llama_cpp as llama
+
+        self.llama = llama
+        self.model = llama.llama_model_load_from_file(str(path).encode(), llama.llama_model_default_params())
+        params = llama.llama_context_default_params()
+        params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = 1024, 512, 512, 2
+        params.type_k, params.type_v = ggml.type_number(types.k), ggml.type_number(types.v)
+        params.flash_attn_type, params.kv_unified = llama.LLAMA_FLASH_ATTN_TYPE_ENABLED, unified
+        self.context = llama.llama_init_from_model(self.model, params)
+        self.memory = llama.llama_get_memory(self.context)
+
+    def __enter__(self) -> "Sequences":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.llama.llama_free(self.context)
+        self.llama.llama_model_free(self.model)
+
+    def read(self, *entries: tuple[int, int, int]) -> np.ndarray:
+        """The logits after each (token, position, sequence), in one batch: float32 (entries, vocabulary)."""
+        batch = self.llama.llama_batch_init(len(entries), 0, 1)
+        batch.n_tokens = len(entries)
+        for i, (token, position, sequence) in enumerate(entries):
+            batch.token[i], batch.pos[i], batch.logits[i] = token, position, 1
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, sequence
+        assert self.llama.llama_decode(self.context, batch) == 0
+        self.llama.llama_batch_free(batch)
+        size = self.llama.llama_vocab_n_tokens(self.llama.llama_model_get_vocab(self.model))
+        return np.ctypeslib.as_array(self.llama.llama_get_logits(self.context), (len(entries), size)).copy()
+
+
+@pytest.mark.parametrize("unified", [True, False])
+def test_sequences_that_share_a_beginning(calibrated, unified):
+    """One is copied from the other, each goes on by itself, and one loses its end: as if each had been alone."""
+    types = CacheTypes("turbo4", "turbo4")
+    beginning = [(token, position, 0) for position, token in enumerate(PROMPT[:100])]
+    with Sequences(calibrated, types, unified=unified) as both:
+        both.read(*beginning)
+        both.llama.llama_memory_seq_cp(both.memory, 0, 1, -1, -1)
+        together = both.read((7, 100, 0), (8, 100, 1))
+        assert both.llama.llama_memory_seq_rm(both.memory, 1, 90, -1)
+        after = both.read((9, 90, 1), (9, 101, 0))
+    with Sequences(calibrated, types, unified=unified) as alone:
+        alone.read(*beginning)
+        first = alone.read((7, 100, 0))
+        then = alone.read((9, 101, 0))
+        assert alone.llama.llama_memory_seq_rm(alone.memory, 0, 100, -1)
+        second = alone.read((8, 100, 0))
+        assert alone.llama.llama_memory_seq_rm(alone.memory, 0, 90, -1)
+        shorter = alone.read((9, 90, 0))
+    for found, expected in zip((*together, *after), (*first, *second, *shorter, *then), strict=True):
+        # the same keys and values; a batch of two multiplies in another order than one of one
+        assert compare(expected[None], found[None]).relative_error < 1e-2
 
 
 def saved(path: Path, types: CacheTypes) -> bytes:

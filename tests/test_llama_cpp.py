@@ -105,9 +105,9 @@ def complete(url: str, prompt: str, **options: object) -> dict:
 CAPITALS = {"France": "Paris", "Italy": "Rome", "Japan": "Tokyo", "Spain": "Madrid"}
 
 
-def test_four_slots_at_once(smollm2: Path):
+def test_four_slots_at_once(model: Path):
     """Four requests side by side, each on a slot of its own."""
-    with server.running(smollm2, CacheTypes.parse("turbo4"), context=2048, extra_args=("--parallel", "4")) as running:
+    with server.running(model, CacheTypes.parse("turbo4"), context=2048, extra_args=("--parallel", "4")) as running:
         with concurrent.futures.ThreadPoolExecutor(4) as pool:
             replies = list(pool.map(lambda land: complete(running.url, f"The capital of {land} is"), CAPITALS))
     assert {reply["id_slot"] for reply in replies} == {0, 1, 2, 3}
@@ -122,38 +122,38 @@ def test_openai_chat(smollm2: Path):
     assert reply["choices"][0]["message"]["content"] and reply["usage"]["completion_tokens"] > 0
 
 
-def test_slot_survives_saving_and_refuses_another_type(smollm2: Path, tmp_path: Path):
+def test_slot_survives_saving_and_refuses_another_type(model: Path, tmp_path: Path):
     """A saved slot goes on where it was; a server with another cache type says no instead of reading it wrongly."""
     save = ("--slot-save-path", str(tmp_path), "--parallel", "1")
     types, others = CacheTypes.parse("turbo4:turbo3"), CacheTypes.parse("turbo3")
     prompt = "The capital of France is"
-    with server.running(smollm2, types, context=512, extra_args=save) as running:
+    with server.running(model, types, context=512, extra_args=save) as running:
         said = complete(running.url, prompt)["content"]
         post(running.url, "/slots/0?action=save", {"filename": "slot"}).raise_for_status()
-    with server.running(smollm2, types, context=512, extra_args=save) as running:
+    with server.running(model, types, context=512, extra_args=save) as running:
         post(running.url, "/slots/0?action=restore", {"filename": "slot"}).raise_for_status()
         again = complete(running.url, prompt)
         assert again["content"] == said
         assert again["timings"]["prompt_n"] < 3  # the prompt was in the slot
-    with server.running(smollm2, others, context=512, extra_args=save) as running:
+    with server.running(model, others, context=512, extra_args=save) as running:
         assert post(running.url, "/slots/0?action=restore", {"filename": "slot"}).is_error
         assert "Paris" in complete(running.url, prompt)["content"]
 
 
-def test_draft_model(smollm2: Path):
+def test_draft_model(model: Path):
     """Speculative decoding with turbo caches on both sides."""
-    draft = ("--model-draft", str(smollm2), "--spec-type", "draft-simple",
+    draft = ("--model-draft", str(model), "--spec-type", "draft-simple",
              "--cache-type-k-draft", "turbo4", "--cache-type-v-draft", "turbo4")
-    with server.running(smollm2, CacheTypes.parse("turbo4"), context=512, extra_args=draft) as running:
+    with server.running(model, CacheTypes.parse("turbo4"), context=512, extra_args=draft) as running:
         reply = complete(running.url, "The capital of France is", n_predict=32)
     assert "Paris" in reply["content"]
     assert reply["timings"]["draft_n_accepted"] > 0
 
 
-def test_context_shift(smollm2: Path):
+def test_context_shift(model: Path):
     """Keys that have been shifted (decoded, turned back, moved, encoded again) still carry the text."""
     shift = ("--context-shift", "--parallel", "1", "--keep", "4")
-    with server.running(smollm2, CacheTypes.parse("turbo4"), context=256, extra_args=shift) as running:
+    with server.running(model, CacheTypes.parse("turbo4"), context=256, extra_args=shift) as running:
         reply = complete(running.url, "Once upon a time there was a", n_predict=400, ignore_eos=True, n_probs=1)
         assert "context shift" in running.log()
     assert reply["tokens_predicted"] == 400
