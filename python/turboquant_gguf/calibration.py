@@ -142,7 +142,7 @@ def _windows(model: Path, content: str, tokens: int, seed: int) -> list[list[int
         chosen = np.random.Generator(np.random.PCG64(seed)).permutation(len(windows))[:count]
         windows = [windows[number] for number in sorted(chosen)]
     windows[-1] = windows[-1][: tokens - sum(map(len, windows[:-1]))]
-    for window in windows[1:]:  # each begins as a text does
+    for window in windows:  # each begins as a text does
         window[0] = prompt[0]
     if sum(map(len, windows)) < WINDOW // 4:
         raise TurboquantError(

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from . import ggml
 from .cachetypes import CacheTypes
 from .errors import TurboquantError
+from .signals import deferred
 from .toolerrors import check_model_file, tool_error
 
 EXACT = CacheTypes("f32", "f32")
@@ -35,7 +36,7 @@ class Model:
     def __init__(self, path: Path, *, context: int, types: CacheTypes = EXACT, observer: int | None = None) -> None:
         check_model_file(path)
         self.bindings = llama = _bindings()
-        with ExitStack() as owned:
+        with deferred(), ExitStack() as owned:  # a signal in the middle of libllama's log would be lost
             errors = owned.enter_context(_captured_errors(llama))
             params = llama.llama_model_default_params()
             params.n_gpu_layers = 0
