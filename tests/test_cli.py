@@ -34,7 +34,7 @@ def sentences(text: str) -> str:
     return " ".join(text.split())
 
 
-@pytest.mark.parametrize("arguments", [[], ["bench"], ["demo"], ["inspect"], ["types"]])
+@pytest.mark.parametrize("arguments", [[], ["bench"], ["calibrate"], ["convert"], ["demo"], ["inspect"], ["types"], ["verify"]])
 def test_help_fits_80_columns(arguments):
     shown = run(*arguments, "--help")
     assert shown.returncode == 0

@@ -333,11 +333,6 @@ def test_command(smollm2_folder, tmp_path, monkeypatch):
     assert re.search("values rotated in the weights", done.stderr)
 
 
-def test_help_at_80_columns():
-    text = CliRunner(env={"COLUMNS": "80"}).invoke(cli.cli, ["convert", "--help"]).stdout
-    assert "--rotate" in text and max(map(len, text.splitlines())) <= 80
-
-
 def test_a_closed_model_leaves_the_log_as_it_was(smollm2):
     from llama_cpp import llama_cpp
 

@@ -17,7 +17,7 @@ Examples:
   turboquant-gguf calibrate model.gguf
   turboquant-gguf calibrate model.gguf -o better.gguf --text my-domain.txt
   turboquant-gguf calibrate model.gguf --in-place
-  llama-server -m model-calibrated.gguf --cache-type-k turbo3 --cache-type-v turbo3
+  llama-server -m model-calibrated.gguf -ctk turbo3 -ctv turbo3
 """
 
 

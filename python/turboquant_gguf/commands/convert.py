@@ -15,8 +15,8 @@ from .. import convert as library
 EPILOG = """\b
 Examples:
   turboquant-gguf convert ~/models/SmolLM2-135M
-  turboquant-gguf convert Qwen3-4B -o qwen3-4b.gguf --outtype q8_0 --calibrate --verify
-  turboquant-gguf convert Qwen3-4B --rotate none --json
+  turboquant-gguf convert Qwen3-4B -o qwen3-4b.gguf --outtype q8_0 --calibrate
+  turboquant-gguf convert Qwen3-4B --rotate none --verify --json
   llama-server -m qwen3-4b.gguf --cache-type-k turbo4 --cache-type-v turbo3
 """
 
