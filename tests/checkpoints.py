@@ -89,6 +89,7 @@ ROTATABLE: dict[str, tuple[str, str, dict]] = {
     "llama, head size 48": ("llama", "LlamaConfig", _EXPLICIT | dict(head_dim=48)),
     "llama, head size 80": ("llama", "LlamaConfig", _EXPLICIT | dict(head_dim=80, num_key_value_heads=1)),
     "llama, head size 96": ("llama", "LlamaConfig", _EXPLICIT | dict(head_dim=96)),
+    "ministral3": ("mistral3", "Ministral3Config", _EXPLICIT | dict(max_position_embeddings=262144)),
     "mistral": ("llama", "MistralConfig", _EXPLICIT | dict(sliding_window=None)),
     "mixtral": ("llama", "MixtralConfig", _EXPLICIT | _LOCAL_EXPERTS),
     "nemotron": ("nemotron", "NemotronConfig", _DERIVED),

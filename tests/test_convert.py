@@ -78,7 +78,12 @@ def test_architectures_that_are_named_exist():
 
 
 @pytest.mark.parametrize(
-    "name, because", [("qwen3next", "a gate stands"), ("deepseek2", "MLA"), ("exaone4", "not on the list")]
+    "name, because",
+    [
+        ("qwen3next", "a gate stands"),
+        ("deepseek2", "MLA"),
+        ("exaone4", "not on the list"),
+    ],
 )
 def test_what_cannot_be_rotated_is_converted_without(name, because, tmp_path):
     folder = checkpoints.write(tmp_path / "checkpoint", name)

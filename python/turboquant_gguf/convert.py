@@ -168,12 +168,15 @@ def _open(model_dir: Path, outtype: str, tensors: _Tensors) -> Any:
             f"The llama.cpp of this package cannot convert {name}. A newer turboquant-gguf may."
         ) from error
 
+    arguments = (model_dir, gguf.LlamaFileType[OUTTYPES[outtype]], model_dir / "unused.gguf")
+    if "impl" in getattr(known, "__annotations__", {}):  # it only chooses another class, for Mistral 3 and 4
+        known = type(known(*arguments, hparams=hparams).impl)
+
     def modify_tensors(self: Any, data: Any, name: str, bid: int | None) -> Iterator[tuple[str, Any]]:
         for new_name, tensor in known.modify_tensors(self, data, name, bid):
             yield new_name, tensors(new_name, tensor)
 
     ours = type(known.__name__, (known,), {"model_arch": known.model_arch, "modify_tensors": modify_tensors})
-    arguments = (model_dir, gguf.LlamaFileType[OUTTYPES[outtype]], model_dir / "unused.gguf")
     try:
         return ours(*arguments, hparams=hparams)
     except AssertionError:

@@ -31,9 +31,9 @@ KEY = "turboquant.values."
 
 CHECKED = frozenset(
     """
-    apertus arcee bloom chatglm cohere2 command-r ernie4_5 falcon gemma gemma2 gemma3 glm4 glm4moe gpt-oss gpt2 gptneox
-    granite granitemoe hunyuan-dense lfm2 llama nemotron olmo olmo2 olmoe phi2 phi3 qwen2 qwen2moe qwen3 qwen3moe
-    seed_oss smollm3 stablelm starcoder2
+    apertus arcee bloom chatglm cohere2 command-r ernie4_5 falcon gemma gemma2 gemma3 glm4 glm4moe gpt-oss gpt2
+    gptneox granite granitemoe hunyuan-dense lfm2 llama mistral3 nemotron olmo olmo2 olmoe phi2 phi3 qwen2 qwen2moe
+    qwen3 qwen3moe seed_oss smollm3 stablelm starcoder2
     """.split()
 )
 """GGUF architectures whose rotated form gives the logits of transformers, as tests/test_convert.py shows for each."""
