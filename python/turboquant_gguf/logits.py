@@ -91,20 +91,22 @@ class Model:
     def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         """The logits after each of `tokens`, read in one batch from an empty cache: float32 (tokens, vocabulary)."""
         self.run(tokens, logits=True)
-        size = (len(tokens), self.vocabulary_size)
-        return np.ctypeslib.as_array(self.bindings.llama_get_logits(self.context), size).copy()
+        return self._last_logits(len(tokens))
 
     def next_logits(self, token: int, position: int) -> NDArray[np.float32]:
         """The logits after one more token at `position`, with what is in the cache: float32 (1, vocabulary)."""
         self._decode([token], position, logits=False)
-        size = (1, self.vocabulary_size)
-        return np.ctypeslib.as_array(self.bindings.llama_get_logits(self.context), size).copy()
+        return self._last_logits(1)
 
     def run(self, tokens: Sequence[int], *, logits: bool = False) -> None:
         """Read `tokens` in one batch from an empty cache. logits: of each of them, not of the last alone."""
         llama = self.bindings
         llama.llama_memory_clear(llama.llama_get_memory(self.context), True)
         self._decode(tokens, 0, logits=logits)
+
+    def _last_logits(self, count: int) -> NDArray[np.float32]:
+        logits = self.bindings.llama_get_logits(self.context)
+        return np.ctypeslib.as_array(logits, (count, self.vocabulary_size)).copy()
 
     def _decode(self, tokens: Sequence[int], position: int, *, logits: bool) -> None:
         llama = self.bindings
