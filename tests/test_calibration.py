@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -232,41 +232,61 @@ def opened(path: Path, types: CacheTypes, context: int = 512) -> Iterator[Model]
         yield model
 
 
-def shifted(path: Path, types: CacheTypes, prompt: list[int], *, shift: int = 32) -> np.ndarray:
-    """Logits after a context shift: `shift` tokens from the eighth on are removed, and the rest moves up."""
+def unmoved(_llama, _memory, end: int) -> int:
+    """Leaves `end` tokens where they are; returns the position of the next, as the others here do."""
+    return end
+
+
+def shift(llama, memory, end: int) -> int:
+    """A context shift: 32 tokens from the eighth on are removed, and the rest moves up."""
+    assert llama.llama_memory_seq_rm(memory, 0, 8, 8 + 32)
+    llama.llama_memory_seq_add(memory, 0, 8 + 32, -1, -32)
+    return end - 32
+
+
+def self_extend(llama, memory, end: int) -> int:
+    """Self-extend: the first half comes to lie at half its positions, and the rest follows."""
+    half = end // 2
+    llama.llama_memory_seq_div(memory, 0, 0, half, 2)
+    llama.llama_memory_seq_add(memory, 0, half, -1, half // 2 - half)
+    return end - half + half // 2
+
+
+def moved(path: Path, types: CacheTypes, prompt: list[int], move: Callable[..., int]) -> np.ndarray:
+    """The logits after the prompt's last token, when the others have been moved."""
     with opened(path, types) as model:
-        llama, context = model.bindings, model.context
-        memory = llama.llama_get_memory(context)
         model.run(prompt[:-1])
-        if shift:
-            assert llama.llama_memory_seq_rm(memory, 0, 8, 8 + shift)
-            llama.llama_memory_seq_add(memory, 0, 8 + shift, -1, -shift)
-        return model.next_logits(prompt[-1], len(prompt) - 1 - shift)
+        memory = model.bindings.llama_get_memory(model.context)
+        assert model.bindings.llama_memory_can_shift(memory)
+        return model.next_logits(prompt[-1], move(model.bindings, memory, len(prompt) - 1))
 
 
-def errors_with_and_without_shift(path: Path, plain: Path, types: CacheTypes, prompt: list[int]) -> list[float]:
-    """How far the model is from the plain one with an f16 cache, after a shift and without one."""
+def require_no_worse_when_moved(path: Path, plain: Path, types: CacheTypes, prompt: list[int], move) -> None:
+    """Moving costs no more than quantizing twice; done wrong, the logits have nothing to do with each other (about 1).
+
+    plain: the model as it is, whose f16 cache tells what is right.
+    """
     exact = CacheTypes("f16", "f16")
-    pairs = [(shifted(plain, exact, prompt, shift=n), shifted(path, types, prompt, shift=n)) for n in (32, 0)]
-    return [compare(truth, found).relative_error for truth, found in pairs]
+    pairs = [(moved(plain, exact, prompt, how), moved(path, types, prompt, how)) for how in (move, unmoved)]
+    with_move, without = (compare(truth, found).relative_error for truth, found in pairs)
+    assert with_move < min(3 * without, 0.3)
 
 
-@pytest.mark.parametrize("types", [CacheTypes("q8_0", "f16"), CacheTypes("turbo4", "turbo4")])
-def test_context_shift(smollm2, calibrated, types):
-    """It costs no more than quantizing twice; done wrong, the logits have nothing to do with each other (about 1)."""
-    with_shift, without = errors_with_and_without_shift(calibrated, smollm2, types, PROMPT)
-    assert with_shift < min(3 * without, 0.3)
+@pytest.mark.parametrize("move", [shift, self_extend])
+@pytest.mark.parametrize("types", [CacheTypes("q8_0", "f16"), CacheTypes("turbo4", "turbo4")], ids=str)
+def test_moved_keys(smollm2, calibrated, types, move):
+    require_no_worse_when_moved(calibrated, smollm2, types, PROMPT, move)
 
 
-@pytest.mark.parametrize("name", ["stablelm, head size 64", "llama, head size 96"])
-def test_context_shift_of_partial_rope_and_of_heads_without_rotation(name, tmp_path):
-    """Upstream undoes the rotation on the channels of RoPE alone, and takes a missing one for granted."""
+@pytest.mark.parametrize("move", [shift, self_extend])
+@pytest.mark.parametrize("name", ["stablelm, head size 64", "llama, head size 96", "gemma3"])
+def test_moved_keys_of_other_architectures(name, move, tmp_path):
+    """Partial RoPE, and heads without rotation, both of which upstream takes wrong; sliding windows."""
     types = CacheTypes("q8_0", "f16")
     model = tiny(tmp_path, name)
     prompt = [token % checkpoints.VOCABULARY for token in PROMPT[:80]]
     for path in (model, random_calibration(model, tmp_path / "calibrated.gguf")):
-        with_shift, without = errors_with_and_without_shift(path, model, types, prompt)
-        assert with_shift < min(3 * without, 0.3)
+        require_no_worse_when_moved(path, model, types, prompt, move)
 
 
 class Sequences:
