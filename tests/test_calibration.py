@@ -23,7 +23,7 @@ from turboquant_gguf.calibration import KEY, Calibration, Layer, Moments, calibr
 from turboquant_gguf.convert import convert
 from turboquant_gguf.errors import TurboquantError
 from turboquant_gguf.ggufile import GGUFFile, rewrite
-from turboquant_gguf.logits import Model
+from turboquant_gguf.logits import Context, Model
 from turboquant_gguf.modelmemory import ModelMemory
 from turboquant_gguf.verify import EXACT, compare, run_gguf
 
@@ -227,9 +227,9 @@ def test_channels_with_outliers(smollm2_folder, tmp_path):
 
 
 @contextmanager
-def opened(path: Path, types: CacheTypes, context: int = 512) -> Iterator[Model]:
-    with Model(path, context=context, types=types) as model:
-        yield model
+def opened(path: Path, types: CacheTypes) -> Iterator[Context]:
+    with Model(path) as model, model.open(512, types) as context:
+        yield context
 
 
 def unmoved(_llama, _memory, end: int) -> int:
@@ -254,11 +254,11 @@ def self_extend(llama, memory, end: int) -> int:
 
 def moved(path: Path, types: CacheTypes, prompt: list[int], move: Callable[..., int]) -> np.ndarray:
     """The logits after the prompt's last token, when the others have been moved."""
-    with opened(path, types) as model:
-        model.run(prompt[:-1])
-        memory = model.bindings.llama_get_memory(model.context)
-        assert model.bindings.llama_memory_can_shift(memory)
-        return model.next_logits(prompt[-1], move(model.bindings, memory, len(prompt) - 1))
+    with opened(path, types) as context:
+        context.read(prompt[:-1], 0)
+        assert context.bindings.llama_memory_can_shift(context.memory)
+        end = move(context.bindings, context.memory, len(prompt) - 1)
+        return context.read(prompt[-1:], end).copy()
 
 
 def require_no_worse_when_moved(path: Path, plain: Path, types: CacheTypes, prompt: list[int], move) -> None:
@@ -349,20 +349,20 @@ def test_sequences_that_share_a_beginning(calibrated, unified):
 
 
 def saved(path: Path, types: CacheTypes) -> bytes:
-    with opened(path, types) as model:
-        model.run(PROMPT)
-        size = model.bindings.llama_state_seq_get_size(model.context, 0)
+    with opened(path, types) as context:
+        context.read(PROMPT, 0)
+        size = context.bindings.llama_state_seq_get_size(context.handle, 0)
         data = (ctypes.c_uint8 * size)()
-        assert model.bindings.llama_state_seq_get_data(model.context, data, size, 0) == size
+        assert context.bindings.llama_state_seq_get_data(context.handle, data, size, 0) == size
         return bytes(data)
 
 
 def restored(path: Path, types: CacheTypes, state: bytes) -> np.ndarray | None:
-    with opened(path, types) as model:
+    with opened(path, types) as context:
         data = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
-        if not model.bindings.llama_state_seq_set_data(model.context, data, len(state), 0):
+        if not context.bindings.llama_state_seq_set_data(context.handle, data, len(state), 0):
             return None
-        return model.next_logits(7, len(PROMPT))
+        return context.read([7], len(PROMPT)).copy()
 
 
 def test_saved_states(smollm2, calibrated, smollm2_rotated, smollm2_plain):
@@ -370,8 +370,8 @@ def test_saved_states(smollm2, calibrated, smollm2_rotated, smollm2_plain):
     types = CacheTypes("turbo4", "turbo4")
     for model in (smollm2, calibrated):
         with opened(model, types) as direct:
-            direct.run(PROMPT)
-            expected = direct.next_logits(7, len(PROMPT))
+            direct.read(PROMPT, 0)
+            expected = direct.read([7], len(PROMPT)).copy()
         assert np.array_equal(restored(model, types, saved(model, types)), expected)
     assert restored(smollm2, types, saved(calibrated, types)) is None
     assert restored(calibrated, types, saved(smollm2, types)) is None
@@ -461,7 +461,7 @@ def test_damaged_calibration_is_refused(tmp_path, changes, because):
     model = tiny(tmp_path, "llama")
     damaged = random_calibration(model, tmp_path / "damaged.gguf", **changes)
     with pytest.raises(TurboquantError) as error:
-        Model(damaged, context=8)
+        Model(damaged)
     assert any(part in error.value.details for part in because.split("|")), error.value.details
     assert "calibrate the model again" in error.value.details
 
@@ -470,5 +470,5 @@ def test_centre_is_refused_where_it_would_change_the_model(tmp_path):
     for name in ("gpt-oss", "gemma2"):
         centred = random_calibration(tiny(tmp_path, name), tmp_path / f"{name}-centred.gguf")
         with pytest.raises(TurboquantError) as error:
-            Model(centred, context=8)
+            Model(centred)
         assert "attention sinks or a cap" in error.value.details

@@ -207,7 +207,7 @@ def test_unknown_version_is_refused(tmp_path):
     assert content.count(old) == 1
     made.path.write_bytes(content.replace(old, key + struct.pack("<II", 4, 2)))
     with pytest.raises(TurboquantError) as error:
-        Model(made.path, context=8)
+        Model(made.path)
     assert "turboquant.values.version is 2, and this build knows version 1 only" in error.value.details
 
 

@@ -8,7 +8,7 @@ import subprocess
 from dataclasses import dataclass
 from functools import cache
 
-from . import native
+from . import ggml, native
 from .errors import TurboquantError
 
 
@@ -33,6 +33,11 @@ class CacheTypes:
 
     def __str__(self) -> str:
         return self.k if self.k == self.v else f"{self.k}:{self.v}"
+
+    @property
+    def bits(self) -> float:
+        """Bits a value, scales included: the mean of keys and values, of which there are as many in most models."""
+        return (ggml.bits(self.k) + ggml.bits(self.v)) / 2
 
 
 @cache

@@ -113,13 +113,13 @@ def calibrate(
         text.read_text("utf-8") if text else files(__package__).joinpath("data/calibration.txt").read_text("utf-8")
     )
 
-    windows = _windows(model, content, tokens, seed)
     found: dict[int, Layer] = {}
     columns = (TextColumn("Reading"), BarColumn(), MofNCompleteColumn(), TextColumn("windows"), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Model(model) as opened, Progress(*columns, console=console, transient=True) as bar:
+        windows = _windows(opened.tokenize(content), tokens, seed)
         task = bar.add_task("", total=PASSES * len(windows))
         for number in range(PASSES):
-            statistics = _read(model, windows, found, lambda: bar.advance(task))
+            statistics = _read(opened, windows, found, lambda: bar.advance(task))
             if not statistics.moments:
                 raise TurboquantError(
                     f"{model} has no keys that can be calibrated: it stores none, or shares them with its values."
@@ -133,10 +133,8 @@ def calibrate(
     return Calibration(output, sum(map(len, windows)), len(found), statistics.centred, statistics.reason, error)
 
 
-def _windows(model: Path, content: str, tokens: int, seed: int) -> list[list[int]]:
-    with Model(model, context=1) as opened:
-        prompt = opened.tokenize(content)
-    windows = [prompt[begin : begin + WINDOW] for begin in range(0, len(prompt), WINDOW)]
+def _windows(prompt: Sequence[int], tokens: int, seed: int) -> list[list[int]]:
+    windows = [list(prompt[begin : begin + WINDOW]) for begin in range(0, len(prompt), WINDOW)]
     count = -(-tokens // WINDOW)
     if len(windows) > count:
         chosen = np.random.Generator(np.random.PCG64(seed)).permutation(len(windows))[:count]
@@ -273,7 +271,7 @@ class _Statistics:
 
 
 def _read(
-    model: Path, windows: Sequence[Sequence[int]], known: dict[int, Layer], on_window: Callable[[], None]
+    model: Model, windows: Sequence[Sequence[int]], known: dict[int, Layer], on_window: Callable[[], None]
 ) -> _Statistics:
     """Run the model over every window. known: centre and scale of each layer so far."""
     statistics = _Statistics(known)
@@ -281,10 +279,11 @@ def _read(
     with ExitStack() as owned:
         observer = ggml.function("turbo_observer_new")(callback, None)
         owned.callback(ggml.function("turbo_observer_free"), observer)
-        opened = owned.enter_context(Model(model, context=WINDOW, observer=observer))
+        context = owned.enter_context(model.open(WINDOW, observer=observer))
         for window in windows:
+            context.clear()
             with deferred() as statistics.interrupted:
-                opened.run(window)
+                context.read(window, 0)
             if statistics.failure:
                 raise statistics.failure
             on_window()

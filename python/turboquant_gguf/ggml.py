@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from ctypes import POINTER, c_bool, c_char_p, c_float, c_int, c_int32, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
 from functools import cache
+from pathlib import Path
 from typing import Self
 
 import numpy as np
@@ -122,6 +123,7 @@ _PROTOTYPES: dict[str, dict[str, tuple]] = {
         "ggml_backend_tensor_get": (None, c_void_p, c_void_p, c_size_t, c_size_t),
         "ggml_backend_graph_compute": (c_int, c_void_p, c_void_p),
         "ggml_backend_free": (None, c_void_p),
+        "ggml_backend_dev_description": (c_char_p, c_void_p),
         "ggml_log_get": (None, c_void_p, c_void_p),
         "ggml_log_set": (None, c_void_p, c_void_p),
         "gguf_init_from_file": (c_void_p, c_char_p, GGUFInitParams),
@@ -149,6 +151,10 @@ _PROTOTYPES: dict[str, dict[str, tuple]] = {
         "gguf_write_to_file": (c_bool, c_void_p, c_char_p, c_bool),
         "turbo_get_codec": (POINTER(TurboCodec), c_int),
     },
+    "ggml": {
+        "ggml_backend_dev_count": (c_size_t,),
+        "ggml_backend_dev_get": (c_void_p, c_size_t),
+    },
     "ggml-cpu": {
         "ggml_backend_cpu_init": (c_void_p,),
         "ggml_backend_cpu_set_n_threads": (None, c_void_p, c_int),
@@ -171,10 +177,15 @@ _PROTOTYPES: dict[str, dict[str, tuple]] = {
 }
 
 
+def library_path(name: str) -> Path:
+    """The file of one of the libraries, such as "ggml-base"."""
+    file = {"win32": f"{name}.dll", "darwin": f"lib{name}.dylib"}.get(sys.platform, f"lib{name}.so")
+    return native.library_dir() / file
+
+
 @cache
 def _library(name: str) -> ctypes.CDLL:
-    file = {"win32": f"{name}.dll", "darwin": f"lib{name}.dylib"}.get(sys.platform, f"lib{name}.so")
-    return ctypes.CDLL(str(native.library_dir() / file))
+    return ctypes.CDLL(str(library_path(name)))
 
 
 @cache
@@ -223,6 +234,12 @@ def type_number(name: str) -> int:
         return _type_numbers()[name]
     except KeyError:
         raise ValueError(f"ggml has no type called {name!r}") from None
+
+
+def bits(type: str) -> float:
+    """Bits that a value takes in any ggml type, scales included."""
+    number = type_number(type)
+    return 8 * function("ggml_type_size")(number) / function("ggml_blck_size")(number)
 
 
 def quantize(x: NDArray[np.float32], type: str) -> NDArray[np.uint8]:

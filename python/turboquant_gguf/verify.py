@@ -56,7 +56,7 @@ def verify(
     content = text.read_text("utf-8") if text else files(__package__).joinpath("data/demo.txt").read_text("utf-8")
     cache = CacheTypes.parse(types)
     with console.status("") as status:
-        with Model(gguf, context=1) as model:
+        with Model(gguf) as model:
             prompt = model.tokenize(content)[:tokens]
         found = []
         for path in (a, b):
@@ -94,8 +94,8 @@ def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
 
 def run_gguf(path: Path, prompt: Sequence[int], types: CacheTypes) -> NDArray[np.float32]:
     """Logits of a GGUF by libllama, with a KV cache of `types`: float32 (tokens, vocabulary)."""
-    with Model(path, context=len(prompt), types=types) as model:
-        return model.logits(prompt)
+    with Model(path) as model, model.open(len(prompt), types) as context:
+        return context.logits(prompt)
 
 
 def run_checkpoint(folder: Path, prompt: Sequence[int]) -> NDArray[np.float32]:

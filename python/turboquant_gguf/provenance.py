@@ -1,0 +1,68 @@
+"""What a measurement was made with: the model's file, the build of llama.cpp, the machine."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+
+from . import ggml
+from .ggufile import GGUFModel
+
+_LIBRARIES = ("ggml-base", "ggml-cpu", "llama")
+_SAMPLES = 64
+_SAMPLE_BYTES = 1 << 16
+
+# What changes results without being an option.
+_VARIABLES = ("LLAMA_TURBO_CALIBRATION", "LLAMA_ATTN_ROT_DISABLE")
+
+
+def model(path: Path) -> dict:
+    """Facts of a GGUF: name, architecture, parameters, bytes, and a fingerprint that stands for its content.
+
+    The fingerprint is made of the metadata, and of samples of the tensors: hashing tens of gigabytes takes minutes.
+    """
+    with GGUFModel(path) as file:
+        facts = {
+            "name": path.stem,
+            "architecture": file.metadata["general.architecture"],
+            "parameters": sum(tensor.elements for tensor in file.tensors),
+            "bytes": file.size,
+            "calibrated": any(key.startswith("turboquant.keys.") for key in file.metadata),
+        }
+        return facts | {"fingerprint": _fingerprint(file)}
+
+
+def _fingerprint(file: GGUFModel) -> str:
+    digest = hashlib.sha256()
+    for path, data in zip(file.paths, file.data_offsets, strict=True):
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            digest.update(b"%d\n" % size)
+            digest.update(stream.read(data))
+            for number in range(_SAMPLES):
+                stream.seek(data + (size - data) * number // _SAMPLES)
+                digest.update(stream.read(_SAMPLE_BYTES))
+    return digest.hexdigest()[:16]
+
+
+@cache
+def build() -> dict:
+    """The versions of this package and of the libraries that compute, and the environment's switches for them."""
+    digest = hashlib.sha256()
+    for name in _LIBRARIES:
+        digest.update(ggml.library_path(name).read_bytes())
+    switches = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
+    return {"turboquant_gguf": version("turboquant-gguf"), "llama_cpp": digest.hexdigest()[:12]} | switches
+
+
+@cache
+def machine() -> dict:
+    """The devices that llama.cpp computes on, the number of logical CPUs, and the operating system."""
+    count = ggml.function("ggml_backend_dev_count")()
+    devices = [ggml.function("ggml_backend_dev_get")(number) for number in range(count)]
+    names = [ggml.function("ggml_backend_dev_description")(device).decode() for device in devices]
+    return {"devices": names, "logical_cpus": os.cpu_count(), "system": platform.platform()}
