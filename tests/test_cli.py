@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 
 import turboquant_gguf
+from turboquant_gguf import cli
 from turboquant_gguf.demo import Measurement, table
 
 COMMAND = (sys.executable, "-m", "turboquant_gguf.cli")
@@ -34,7 +35,7 @@ def sentences(text: str) -> str:
     return " ".join(text.split())
 
 
-@pytest.mark.parametrize("arguments", [[], ["bench"], ["calibrate"], ["convert"], ["demo"], ["inspect"], ["types"], ["verify"]])
+@pytest.mark.parametrize("arguments", [[], *([name] for name in cli.cli.commands)], ids=" ".join)
 def test_help_fits_80_columns(arguments):
     shown = run(*arguments, "--help")
     assert shown.returncode == 0

@@ -183,7 +183,7 @@ def _measure_all(report: Report, subjects: list[Subject], options: Sequence, con
         for subject in (subjects if number % 2 == 0 else subjects[::-1])
     ]
     failed_at: dict[Subject, int] = {}
-    with _bar(console) as bar:
+    with progress_bar(console) as bar:
         # Time goes with the tokens that are processed: the context once, the prefill twice (to warm up), and decoding.
         tokens = [depth + 2 * report.settings["prefill"] + 8 * report.settings["decode"] for _, depth, _ in plan]
         task = bar.add_task("", total=sum(tokens), left=len(plan))
@@ -201,7 +201,8 @@ def _measure_all(report: Report, subjects: list[Subject], options: Sequence, con
             bar.advance(task, tokens[done])
 
 
-def _bar(console: Console) -> Progress:
+def progress_bar(console: Console) -> Progress:
+    """A bar for long steps. Its tasks have a description, a total, and the field `left`: how many steps are."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=None),

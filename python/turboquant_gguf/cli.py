@@ -17,6 +17,7 @@ from .commands.calibrate import calibrate
 from .commands.convert import convert
 from .commands.demo import demo
 from .commands.inspect import inspect
+from .commands.niah import niah
 from .commands.ppl import ppl
 from .commands.types import types
 from .commands.verify import verify
@@ -39,6 +40,7 @@ cli.add_command(calibrate)
 cli.add_command(convert)
 cli.add_command(demo)
 cli.add_command(inspect)
+cli.add_command(niah)
 cli.add_command(ppl)
 cli.add_command(types)
 cli.add_command(verify)

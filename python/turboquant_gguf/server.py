@@ -80,16 +80,29 @@ class Server:
             raise self._failure() from error
         return Answer("".join(pieces), max(clock, default=0), _median_speed(clock))
 
+    @contextmanager
+    def token_counter(self) -> Iterator[Callable[[str], int]]:
+        """A function that says how many tokens the model gets for a prompt of `ask`, the chat template's included."""
+        try:
+            with httpx.Client(base_url=self.url, timeout=ANSWER_SECONDS, trust_env=False) as client:
+
+                def count(prompt: str) -> int:
+                    messages = [{"role": "user", "content": prompt}]
+                    text = _checked(client.post("/apply-template", json={"messages": messages})).json()["prompt"]
+                    request = {"content": text, "add_special": True, "parse_special": True}
+                    return len(_checked(client.post("/tokenize", json=request)).json()["tokens"])
+
+                yield count
+        except httpx.TransportError as error:
+            raise self._failure() from error
+
     def _stream(self, path: str, request: dict) -> Iterator[dict]:
         # trust_env is off because a proxy of the environment must not get requests to loopback.
         with (
             httpx.Client(base_url=self.url, timeout=ANSWER_SECONDS, trust_env=False) as client,
             client.stream("POST", path, json=request) as response,
         ):
-            if response.is_error:
-                response.read()
-                raise _refusal(response.text)
-            for line in response.iter_lines():
+            for line in _checked(response).iter_lines():
                 if line.startswith("error:"):
                     raise _refusal(line.removeprefix("error:"))
                 if line.startswith("data:") and line != "data: [DONE]":
@@ -176,6 +189,13 @@ def _text_of(event: dict) -> str:
     choices = event.get("choices") or [{}]
     delta = choices[0].get("delta", {})
     return delta.get("content") or delta.get("reasoning_content") or ""
+
+
+def _checked(response: httpx.Response) -> httpx.Response:
+    if response.is_error:
+        response.read()
+        raise _refusal(response.text)
+    return response
 
 
 def _refusal(body: str) -> TurboquantError:

@@ -34,17 +34,18 @@ def _depths(_context: click.Context, _parameter: click.Parameter, text: str) -> 
     return [int(word) for word in words]
 
 
-def _output(_context: click.Context, _parameter: click.Parameter, path: Path | None) -> Path | None:
-    # Found out now, not after an hour of measuring.
+def output(_context: click.Context, _parameter: click.Parameter, path: Path | None) -> Path | None:
+    """A file to write, of a folder that exists: found out now, not after an hour of measuring."""
     if path and not path.absolute().parent.is_dir():
         raise click.BadParameter(f"There is no folder {path.parent}.")
     return path
 
 
-def _plot(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
+def plot(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
+    """The same for a plot, whose name says its format."""
     if path and path.suffix.lower() not in benchplot.FORMATS:
         raise click.BadParameter(f"{path.name!r} does not end in {', '.join(benchplot.FORMATS)}.")
-    return _output(context, parameter, path)
+    return output(context, parameter, path)
 
 
 FILE = click.Path(path_type=Path, dir_okay=False, writable=True, allow_dash=True)
@@ -98,7 +99,7 @@ FILE = click.Path(path_type=Path, dir_okay=False, writable=True, allow_dash=True
     "json_file",
     type=FILE,
     metavar="FILE",
-    callback=_output,
+    callback=output,
     help="Write all of it, every sample and the machine, as JSON; - is stdout.",
 )
 @click.option(
@@ -106,7 +107,7 @@ FILE = click.Path(path_type=Path, dir_okay=False, writable=True, allow_dash=True
     "plot_file",
     type=FILE,
     metavar="FILE",
-    callback=_plot,
+    callback=plot,
     help="Draw speed against depth, as .png, .svg or .pdf; needs matplotlib.",
 )
 @click.pass_context
