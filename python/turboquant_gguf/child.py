@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from .signals import deferred
+
 GRACE_SECONDS = 5
 
 
@@ -20,13 +22,16 @@ def running(command: Sequence[str | Path], **popen) -> Iterator[subprocess.Popen
     A signal that ends Python on the spot (an unhandled SIGTERM, SIGKILL) skips this; the command line handles SIGTERM.
     `popen`: further arguments of subprocess.Popen. Raises OSError if the command cannot be started.
     """
-    process = subprocess.Popen(
-        [str(word) for word in command], stdin=subprocess.DEVNULL, start_new_session=True, **popen
-    )
+    process = None
     try:
+        with deferred():  # a signal while it starts would leave a child that nobody knows
+            process = subprocess.Popen(
+                [str(word) for word in command], stdin=subprocess.DEVNULL, start_new_session=True, **popen
+            )
         yield process
     finally:
-        _stop(process)
+        if process:
+            _stop(process)
 
 
 def _stop(process: subprocess.Popen) -> None:

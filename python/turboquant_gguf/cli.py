@@ -16,9 +16,12 @@ from .commands.bench import bench
 from .commands.calibrate import calibrate
 from .commands.convert import convert
 from .commands.demo import demo
+from .commands.eval import evaluate
 from .commands.inspect import inspect
 from .commands.niah import niah
 from .commands.ppl import ppl
+from .commands.recommend import recommend
+from .commands.sweep import sweep
 from .commands.types import types
 from .commands.verify import verify
 from .errors import TurboquantError
@@ -39,9 +42,12 @@ cli.add_command(bench)
 cli.add_command(calibrate)
 cli.add_command(convert)
 cli.add_command(demo)
+cli.add_command(evaluate)
 cli.add_command(inspect)
 cli.add_command(niah)
 cli.add_command(ppl)
+cli.add_command(recommend)
+cli.add_command(sweep)
 cli.add_command(types)
 cli.add_command(verify)
 

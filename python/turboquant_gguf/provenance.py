@@ -21,14 +21,17 @@ _VARIABLES = ("LLAMA_TURBO_CALIBRATION", "LLAMA_ATTN_ROT_DISABLE")
 
 
 def model(path: Path) -> dict:
-    """Facts of a GGUF: name, architecture, parameters, bytes, and a fingerprint that stands for its content.
+    """Facts of a GGUF, among them a fingerprint that stands for its content.
 
-    The fingerprint is made of the metadata, and of samples of the tensors: hashing tens of gigabytes takes minutes.
+    trained_length: tokens, None if the file does not say. calibrated: whether it has a calibration of its keys. The
+    fingerprint is made of the metadata, and of samples of the tensors: hashing tens of gigabytes takes minutes.
     """
     with GGUFModel(path) as file:
+        architecture = file.metadata["general.architecture"]
         facts = {
             "name": path.stem,
-            "architecture": file.metadata["general.architecture"],
+            "architecture": architecture,
+            "trained_length": file.metadata.get(f"{architecture}.context_length"),
             "parameters": sum(tensor.elements for tensor in file.tensors),
             "bytes": file.size,
             "calibrated": any(key.startswith("turboquant.keys.") for key in file.metadata),

@@ -22,14 +22,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from . import provenance, texts
+from .bench import progress_bar
 from .cachetypes import CacheTypes
 from .errors import TurboquantError
 from .logits import UBATCH, Model
-from .models import cache_folder
 from .modelmemory import ModelMemory
+from .models import cache_folder
 from .store import Store
 from .texts import Text
 
@@ -47,7 +47,6 @@ Scores = NDArray[np.void]
 SCORES = np.dtype([("nll", "<f4"), ("kld", "<f4"), ("same", "?")])
 
 _SLAB = 32  # positions whose probabilities are computed at once
-_DAY = 24 * 3600
 
 
 @dataclass(frozen=True)
@@ -291,13 +290,15 @@ def ppl(
         if len(todo) < len(cut):
             console.print(f"{len(cut) - len(todo)} of {len(cut)} windows were measured before.", highlight=False)
         try:
-            with progress(console) as bar:
-                task = bar.add_task("", total=sum(1 + len(missing) for missing in todo.values()))
+            with progress_bar(console) as bar:
+                passes = sum(map(len, todo.values()))
+                task = bar.add_task("", total=passes, left=passes)
                 for number, missing in todo.items():
+                    bar.update(task, description=f"window {number + 1} of {len(cut)}")
                     for pair, scores in experiment.measure(opened, cut[number], missing):
                         store.add(KIND, facts, pair, experiment.settings, scores.tobytes(), part=number)
-                        bar.update(task, advance=1, description=f"window {number + 1} of {len(cut)}, {pair}")
-                    bar.advance(task)
+                        passes -= 1
+                        bar.update(task, advance=1, left=passes)
         except KeyboardInterrupt:
             interrupted = True
         known = store.find(KIND, facts, experiment.settings)
@@ -337,9 +338,3 @@ def gather(
     return {pair: np.frombuffer(b"".join(known[pair, number] for number in complete), SCORES) for pair in types}, len(
         complete
     )
-
-
-def progress(console: Console) -> Progress:
-    """A bar for steps that take long, so that its estimate needs all of them."""
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), TaskProgressColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, transient=True, speed_estimate_period=_DAY)

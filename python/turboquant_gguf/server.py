@@ -77,8 +77,16 @@ class Server:
                     if on_text:
                         on_text(piece)
         except httpx.TransportError as error:
-            raise self._failure() from error
+            raise self.failure() from error
         return Answer("".join(pieces), max(clock, default=0), _median_speed(clock))
+
+    def failure(self) -> TurboquantError:
+        """Why it does not answer, from its exit code and its log."""
+        try:
+            returncode = self._process.wait(1)  # a dying server closes its sockets a little before it is gone
+        except subprocess.TimeoutExpired:
+            returncode = None
+        return tool_error("llama-server", returncode, self.log())
 
     @contextmanager
     def token_counter(self) -> Iterator[Callable[[str], int]]:
@@ -94,7 +102,7 @@ class Server:
 
                 yield count
         except httpx.TransportError as error:
-            raise self._failure() from error
+            raise self.failure() from error
 
     def _stream(self, path: str, request: dict) -> Iterator[dict]:
         # trust_env is off because a proxy of the environment must not get requests to loopback.
@@ -118,22 +126,15 @@ class Server:
                 self._require_health()
                 return
             time.sleep(POLL_SECONDS)
-        raise self._failure()
+        raise self.failure()
 
     def _require_health(self) -> None:
         try:
             health = httpx.get(f"{self.url}/health", trust_env=False)
         except httpx.TransportError as error:
-            raise self._failure() from error
+            raise self.failure() from error
         if health.status_code != httpx.codes.OK:
-            raise self._failure()
-
-    def _failure(self) -> TurboquantError:
-        try:
-            returncode = self._process.wait(1)  # a dying server closes its sockets a little before it is gone
-        except subprocess.TimeoutExpired:
-            returncode = None
-        return tool_error("llama-server", returncode, self.log())
+            raise self.failure()
 
 
 @contextmanager

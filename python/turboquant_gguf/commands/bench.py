@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from .. import bench as library
 from .. import benchplot
+from . import options
 
 EPILOG = """\b
 Examples:
@@ -26,44 +27,14 @@ NOTE = (
 )
 
 
-def _depths(_context: click.Context, _parameter: click.Parameter, text: str) -> list[int]:
-    words = text.split(",")
-    for word in words:
-        if not word.strip().isdecimal():
-            raise click.BadParameter(f"{word!r} is not a number of tokens. Write them like 0,4096.")
-    return [int(word) for word in words]
-
-
-def output(_context: click.Context, _parameter: click.Parameter, path: Path | None) -> Path | None:
-    """A file to write, of a folder that exists: found out now, not after an hour of measuring."""
-    if path and not path.absolute().parent.is_dir():
-        raise click.BadParameter(f"There is no folder {path.parent}.")
-    return path
-
-
-def plot(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
-    """The same for a plot, whose name says its format."""
-    if path and path.suffix.lower() not in benchplot.FORMATS:
-        raise click.BadParameter(f"{path.name!r} does not end in {', '.join(benchplot.FORMATS)}.")
-    return output(context, parameter, path)
-
-
-FILE = click.Path(path_type=Path, dir_okay=False, writable=True, allow_dash=True)
-
-
 @click.command(epilog=EPILOG, short_help="Measure the speed of cache types against f16.")
 @click.argument("model", type=click.Path(path_type=Path), required=False)
-@click.option(
-    "--types",
-    default=",".join(library.DEFAULT_TYPES),
-    show_default=", ".join(library.DEFAULT_TYPES),  # with blanks, where lines may break
-    help="Cache types, separated by commas; K:V sets keys and values apart. f16 is always measured.",
-)
+@options.types(library.DEFAULT_TYPES, "f16 is always measured.")
 @click.option(
     "--depths",
     default=",".join(map(str, library.DEFAULT_DEPTHS)),
     show_default=True,
-    callback=_depths,
+    callback=options.numbers(least=0),
     help="Tokens already in the cache, separated by commas.",
 )
 @click.option(
@@ -97,17 +68,17 @@ FILE = click.Path(path_type=Path, dir_okay=False, writable=True, allow_dash=True
 @click.option(
     "--json",
     "json_file",
-    type=FILE,
+    type=options.FILE,
     metavar="FILE",
-    callback=output,
+    callback=options.output,
     help="Write all of it, every sample and the machine, as JSON; - is stdout.",
 )
 @click.option(
     "--plot",
     "plot_file",
-    type=FILE,
+    type=options.FILE,
     metavar="FILE",
-    callback=plot,
+    callback=options.plot,
     help="Draw speed against depth, as .png, .svg or .pdf; needs matplotlib.",
 )
 @click.pass_context
@@ -115,7 +86,7 @@ def bench(
     context: click.Context,
     model: Path | None,
     types: str,
-    depths: list[int],
+    depths: tuple[int, ...],
     prefill: int,
     decode: int,
     threads: int | None,

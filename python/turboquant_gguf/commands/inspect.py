@@ -11,6 +11,7 @@ from rich.console import Console
 from .. import inspection as library
 from .. import inspectiontables
 from ..errors import TurboquantError
+from . import options
 
 EPILOG = """\b
 Examples:
@@ -22,19 +23,12 @@ Examples:
 """
 
 
-def _memory(_context: click.Context, _parameter: click.Parameter, text: str | None) -> int | None:
-    try:
-        return library.parse_size(text) if text is not None else None
-    except ValueError as error:
-        raise click.BadParameter(str(error)) from error
-
-
 @click.command(epilog=EPILOG, short_help="Show what a GGUF holds and which contexts fit in memory.")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option(
     "--memory",
     metavar="SIZE",
-    callback=_memory,
+    callback=options.memory,
     help="Show the longest context that fits in SIZE with the weights and all buffers: 8GiB, 500MB or bytes.",
 )
 @click.option(

@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from .. import benchplot, niahplot
 from .. import niah as library
-from .bench import FILE, output, plot
+from . import options
 
 EPILOG = """\b
 Examples:
@@ -32,14 +32,6 @@ NOTHING_FOUND = (
 )
 
 
-def _lengths(_context: click.Context, _parameter: click.Parameter, text: str | None) -> list[int] | None:
-    words = text.split(",") if text is not None else []
-    for word in words:
-        if not word.strip().isdecimal() or not int(word):
-            raise click.BadParameter(f"{word!r} is not a number of tokens. Write them like 1024,2048.")
-    return [int(word) for word in words] or None
-
-
 def _depths(_context: click.Context, _parameter: click.Parameter, text: str) -> list[float]:
     return [_percentage(word) for word in text.split(",")]
 
@@ -55,15 +47,10 @@ def _percentage(word: str) -> float:
 
 @click.command(epilog=EPILOG, short_help="Find a needle in a haystack with each cache type.")
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option(
-    "--types",
-    default=",".join(library.DEFAULT_TYPES),
-    show_default=", ".join(library.DEFAULT_TYPES),  # with blanks, where lines may break
-    help="Cache types, separated by commas; K:V sets keys and values apart. f16 is always asked.",
-)
+@options.types(library.DEFAULT_TYPES, "f16 is always asked.")
 @click.option(
     "--lengths",
-    callback=_lengths,
+    callback=options.numbers(least=1),
     help="Prompt tokens, separated by commas [default: those of "
     f"{', '.join(map(str, library.DEFAULT_LENGTHS))} that the model was trained for]",
 )
@@ -92,17 +79,17 @@ def _percentage(word: str) -> float:
 @click.option(
     "--json",
     "json_file",
-    type=FILE,
+    type=options.FILE,
     metavar="FILE",
-    callback=output,
+    callback=options.output,
     help="Write all of it, every answer and the machine, as JSON; - is stdout.",
 )
 @click.option(
     "--plot",
     "plot_file",
-    type=FILE,
+    type=options.FILE,
     metavar="FILE",
-    callback=plot,
+    callback=options.plot,
     help="Draw a heat map for each type, as .png, .svg or .pdf; needs matplotlib.",
 )
 @click.pass_context
@@ -110,7 +97,7 @@ def niah(
     context: click.Context,
     model: Path,
     types: str,
-    lengths: list[int] | None,
+    lengths: tuple[int, ...] | None,
     depths: list[float],
     trials: int,
     text: Path | None,

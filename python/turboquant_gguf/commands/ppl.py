@@ -13,6 +13,7 @@ from rich.table import Table
 
 from .. import quality, texts
 from ..cachetypes import CacheTypes
+from . import options
 
 EPILOG = """\b
 Examples:
@@ -37,12 +38,7 @@ NOTE = (
     metavar="FILE",
     help=f"What to read: a UTF-8 file, or {texts.WIKITEXT}, which is fetched.",
 )
-@click.option(
-    "--types",
-    default=",".join(quality.DEFAULT_TYPES),
-    show_default=", ".join(quality.DEFAULT_TYPES),  # with blanks, where lines may break
-    help="Cache types, separated by commas; K:V sets keys and values apart.",
-)
+@options.types(quality.DEFAULT_TYPES, "Each is compared with --base.")
 @click.option("--base", default="f16", show_default=True, help="What they are compared with: f16, or f32.")
 @click.option(
     "--context",

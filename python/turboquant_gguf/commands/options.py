@@ -1,0 +1,59 @@
+"""What options of several subcommands have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import click
+
+from .. import benchplot
+from ..inspection import parse_size
+
+FILE = click.Path(path_type=Path, dir_okay=False, writable=True, allow_dash=True)
+
+
+def types(default: Sequence[str], more: str) -> Callable:
+    """The option --types. more: a sentence that ends its help."""
+    return click.option(
+        "--types",
+        default=",".join(default),
+        show_default=", ".join(default),  # with blanks, where lines may break
+        help=f"Cache types, separated by commas; K:V sets keys and values apart. {more}",
+    )
+
+
+def numbers(*, least: int) -> Callable[[click.Context, click.Parameter, str | None], tuple[int, ...] | None]:
+    """A callback: numbers of tokens from `least` on, separated by commas."""
+
+    def parse(_context: click.Context, _parameter: click.Parameter, text: str | None) -> tuple[int, ...] | None:
+        if text is None:
+            return None
+        for word in (words := text.split(",")):
+            if not word.strip().isdecimal() or int(word) < least:
+                raise click.BadParameter(f"{word!r} is not a number of tokens. Write them like 1024,4096.")
+        return tuple(map(int, words))
+
+    return parse
+
+
+def memory(_context: click.Context, _parameter: click.Parameter, text: str | None) -> int | None:
+    """A callback: bytes, written like 8GiB."""
+    try:
+        return parse_size(text) if text is not None else None
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+
+
+def output(_context: click.Context, _parameter: click.Parameter, path: Path | None) -> Path | None:
+    """A callback: a file to write, of a folder that exists: found out now, not after an hour of measuring."""
+    if path and not path.absolute().parent.is_dir():
+        raise click.BadParameter(f"There is no folder {path.parent}.")
+    return path
+
+
+def plot(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
+    """The same for a plot, whose name says its format."""
+    if path and path.suffix.lower() not in benchplot.FORMATS:
+        raise click.BadParameter(f"{path.name!r} does not end in {', '.join(benchplot.FORMATS)}.")
+    return output(context, parameter, path)
