@@ -33,7 +33,7 @@ from pathlib import Path
 
 INFO = "turboquant_gguf-0.1.0.dist-info/"
 METADATA = "Metadata-Version: 2.1\nName: turboquant-gguf\nVersion: 0.1.0\n"
-EXTRAS = "Provides-Extra: convert\nProvides-Extra: python\nProvides-Extra: test\n"
+EXTRAS = "".join(f"Provides-Extra: {name}\n" for name in ("cluster", "convert", "eval", "python", "report", "test"))
 
 def build_wheel(folder, config_settings=None, metadata_directory=None):
     print("[1/2] Building C object first.c", flush=True)
@@ -159,7 +159,7 @@ def test_test_command_installs_the_extras_and_runs_pytest(installed):
     missing = installed.run("test", "-q")  # this pyproject names no pytest: its absence shows what was run
     assert "No module named pytest" in missing.stderr
     stamp = json.loads((installed.root / ".venv" / "bootstrap-stamp.json").read_text())
-    assert {"convert", "python", "test"} <= set(stamp["extras"])
+    assert {"cluster", "convert", "eval", "python", "report", "test"} <= set(stamp["extras"])
 
 
 def test_half_made_venv_is_made_anew(tmp_path):

@@ -32,7 +32,7 @@ LOG = VENV / "bootstrap.log"
 
 # What an installation is made from; a change in any of it asks for a new one.
 SOURCES = ("pyproject.toml", "CMakeLists.txt", "cmake", "ggml_turbo", "models", "python")
-EXTRAS = {"demo": [], "test": ["convert", "python", "test"]}
+EXTRAS = {"demo": [], "test": ["cluster", "convert", "eval", "python", "report", "test"]}
 
 # llama-cpp-python brings a llama.cpp of its own; we want its bindings only, over the libraries built here.
 BINDINGS = "llama-cpp-python"

@@ -1,0 +1,93 @@
+"""`turboquant-gguf recommend`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from .. import recommend as library
+from ..inspection import size_text
+from . import options
+
+EPILOG = """\b
+Examples:
+  turboquant-gguf recommend my.gguf --memory 8GiB --context 32768
+  turboquant-gguf recommend my.gguf --memory 6GB --context 16384 --json
+  turboquant-gguf recommend my.gguf --memory 8GiB --context 8192 --results my.sqlite
+"""
+
+
+@click.command(epilog=EPILOG, short_help="Choose cache types for a memory and a context length.")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option(
+    "--memory",
+    metavar="SIZE",
+    required=True,
+    callback=options.memory,
+    help="What weights, cache and buffers may take together: 8GiB, 500MB or bytes.",
+)
+@click.option("--context", type=click.IntRange(min=1), required=True, help="Tokens of context that must fit.")
+@click.option("--types", help="Cache types to choose from, separated by commas [default: all that have a prediction]")
+@click.option(
+    "--results",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    multiple=True,
+    metavar="FILE",
+    help="Measurements of ppl --results or sweep, besides those in the user's cache folder. May be repeated.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print all of it as JSON.")
+@click.pass_context
+def recommend(
+    context_: click.Context,
+    model: Path,
+    memory: int,
+    context: int,
+    types: str | None,
+    results: tuple[Path, ...],
+    as_json: bool,
+) -> None:
+    """Choose the cache types that lose least among those with which MODEL (a GGUF) fits in memory.
+
+    llama.cpp says what weights, cache and buffers take, for one sequence on the CPU, without loading them. What types
+    lose comes from measurements of this model (`turboquant-gguf ppl` keeps them), or else from those of a small
+    reference model. Prints the llama-server command to run.
+    """
+    found = library.recommend(
+        model, memory=memory, context=context, types=types.split(",") if types else (), results=results
+    )
+    if as_json:
+        click.echo(json.dumps(asdict(found), indent=2))
+    else:
+        _show(found)
+    context_.exit(0 if found.best else 1)
+
+
+def _show(found: library.Recommendation) -> None:
+    console = Console(highlight=False)
+    grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    grid.add_column("cache\ntype", no_wrap=True)
+    for title in ("\nbits", "weights", "\ncache", "\nbuffers", "\nfits", "longest\ncontext", "KL from\nf16"):
+        grid.add_column(title, justify="right", no_wrap=True)
+    for one in found.candidates:
+        loss = f"{one.measured:.4f}" if one.measured is not None else f"~{one.predicted:.4f}"
+        sizes = (size_text(size) for size in (one.size.weights, one.size.cache, one.size.compute))
+        best = one is found.best
+        cells = [one.types, f"{one.bits:.4g}", *sizes, "yes" if one.fits else "no", str(one.longest_context), loss]
+        grid.add_row(*cells, style="bold" if best else None if one.fits else "dim")
+    console.print(f"[bold]{escape(found.model)}, {found.context} tokens in {size_text(found.memory)}[/]")
+    console.print(grid)
+    if any(one.measured is None for one in found.candidates):
+        console.print("[dim]~ predicted: what a small reference model loses.[/]")
+    if found.trained_length and found.context > found.trained_length:
+        console.print(f"[bold yellow]Note:[/] this model was trained for {found.trained_length} tokens.")
+    if not found.best:
+        console.print(f"[bold red]{escape(found.reason)}[/]")
+        return
+    console.print(f"\n[bold]{found.best.types}[/]: {escape(found.reason)}\n")
+    console.print(found.command, soft_wrap=True, markup=False)

@@ -1,0 +1,138 @@
+"""Recommendations: what fits, what loses least, and a command line that runs."""
+
+import json
+import shlex
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from turboquant_gguf import cli, native, provenance, quality
+from turboquant_gguf.cachetypes import CacheTypes
+from turboquant_gguf.modelmemory import ModelMemory
+from turboquant_gguf.recommend import recommend, reference
+from turboquant_gguf.store import Store
+
+CONTEXT = 8192
+
+
+@pytest.fixture(autouse=True)
+def no_measurements(tmp_path, monkeypatch, smollm2):
+    """None of the user's own count here; smollm2 is fetched before its cache folder moves."""
+    monkeypatch.setattr(quality, "cache_folder", lambda: tmp_path)
+
+
+def total(model: Path, types: str) -> int:
+    with ModelMemory(model) as memory:
+        return memory.size(CacheTypes.parse(types), CONTEXT).total
+
+
+def measured(model: Path, path: Path, losses: dict[str, float], **settings) -> Path:
+    """A file of measurements in which each type has the same loss for every token."""
+    settings = {"text": "t", "base": "f16", "context": 32} | settings
+    with Store(path) as store:
+        for name, loss in losses.items():
+            scores = np.full(15, 0, quality.SCORES)
+            scores["kld"] = loss
+            for window in range(settings.pop("windows", 1)):
+                pair = CacheTypes.parse(name)
+                store.add(quality.KIND, provenance.model(model), pair, settings, scores.tobytes(), part=window)
+    return path
+
+
+def test_the_best_that_fits(smollm2):
+    everything = recommend(smollm2, memory=1 << 40, context=CONTEXT)
+    assert everything.best.types == "f16" and all(one.fits for one in everything.candidates)
+    assert {one.types for one in everything.candidates} == set(reference(False).losses)
+    memory = total(smollm2, "turbo4")
+    found = recommend(smollm2, memory=memory, context=CONTEXT)
+    assert {one.types for one in found.candidates if one.fits} == {
+        one.types for one in everything.candidates if one.size.total <= memory
+    }
+    fitting = [one for one in found.candidates if one.fits]
+    assert found.best.predicted == min(one.predicted for one in fitting)
+    assert not any(one.types in ("f16", "q8_0", "q5_0", "q4_0") for one in fitting)
+    assert all((one.longest_context >= CONTEXT) == one.fits for one in found.candidates)
+
+
+def test_a_calibrated_model_has_predictions_of_its_own(smollm2, calibrated):
+    plain, better = (
+        recommend(model, memory=1 << 40, context=CONTEXT, types=["turbo3"]) for model in (smollm2, calibrated)
+    )
+    assert better.best.predicted < plain.best.predicted
+
+
+def test_measurements_of_the_model_go_before_predictions(smollm2, calibrated, tmp_path):
+    memory = total(smollm2, "q4_0")
+    predicted = recommend(smollm2, memory=memory, context=CONTEXT)
+    assert predicted.best.measured is None and "should lose least" in predicted.reason
+    # against all experience, turbo2 is the best of this model
+    mine = measured(smollm2, tmp_path / "mine.sqlite", {"f16": 0, "turbo2": 0.01, "turbo4": 0.5})
+    found = recommend(smollm2, memory=memory, context=CONTEXT, results=[mine])
+    assert (found.best.types, found.best.measured) == ("turbo2", pytest.approx(0.01))
+    assert "0.0100 from f16, measured on this model" in found.reason
+    assert recommend(calibrated, memory=memory, context=CONTEXT, results=[mine]).best.measured is None  # another model
+    # what ppl keeps by default is found without being named
+    measured(smollm2, tmp_path / "measurements.sqlite", {"f16": 0, "turbo4": 0.001}, windows=2)
+    assert recommend(smollm2, memory=memory, context=CONTEXT, results=[mine]).best.types == "turbo4"
+
+
+def test_nothing_fits(smollm2):
+    none = recommend(smollm2, memory=1 << 20, context=CONTEXT)
+    assert (none.best, none.command) == (None, None) and "weights and buffers alone" in none.reason
+    little = total(smollm2, "turbo2") - 1
+    some = recommend(smollm2, memory=little, context=CONTEXT)
+    assert some.best is None and "with turbo2" in some.reason
+    longest = max(one.longest_context for one in some.candidates)
+    assert str(longest) in some.reason and 0 < longest < CONTEXT
+
+
+def test_command_line_runs(smollm2, tmp_path):
+    found = recommend(smollm2, memory=total(smollm2, "turbo4"), context=CONTEXT)
+    program, *arguments = shlex.split(found.command)
+    log = ""
+    with subprocess.Popen(
+        [native.tool_path(program), *arguments, "--port", "0", "--log-verbosity", "4"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as server:
+        for line in server.stdout:
+            log += line
+            if "listening on http" in line:
+                server.terminate()
+    types = CacheTypes.parse(found.best.types)
+    assert f"K ({types.k})" in log and f"V ({types.v})" in log and f"{CONTEXT} cells" in log
+
+
+def test_json_and_table(smollm2):
+    options = ["recommend", str(smollm2), "--memory", "200MiB", "--context", str(CONTEXT)]
+    found = json.loads(CliRunner().invoke(cli.cli, [*options, "--json"]).stdout)
+    assert found["best"] == found["candidates"][0] and found["context"] == CONTEXT
+    shown = CliRunner(env={"COLUMNS": "80"}).invoke(cli.cli, options)
+    assert shown.exit_code == 0 and found["command"] in shown.stdout
+    table = shown.stdout.partition("llama-server")[0]
+    assert found["best"]["types"] in table and all(len(line) <= 80 for line in table.splitlines())
+
+
+@pytest.mark.parametrize(
+    "options, code, because",
+    [
+        (["--memory", "8 pounds", "--context", "10"], 2, "is not a size of memory"),
+        (["--memory", "1KiB", "--context", "10"], 1, "weights and buffers alone"),
+        (["--memory", "8GiB", "--context", "10", "--types", "turb4"], 2, "did you mean turbo4"),
+        (
+            ["--memory", "8GiB", "--context", "10", "--types", "turbo2:turbo4"],
+            1,
+            "There is no prediction for turbo2:turbo4",
+        ),
+        (["--memory", "8GiB", "--context", "100000"], 0, "trained for 8192 tokens"),
+    ],
+)
+def test_odd_input(smollm2, options, code, because):
+    command = ["recommend", str(smollm2), *options]
+    done = CliRunner().invoke(cli.cli, command)
+    said = f"{done.output} {done.exception}"
+    assert because in " ".join(said.split())
+    assert (getattr(done.exception, "exit_code", done.exit_code) if done.exception else done.exit_code) == code
