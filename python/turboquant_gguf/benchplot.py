@@ -40,14 +40,15 @@ def write(report: Report, path: Path) -> None:
     figure.suptitle(heading(report), fontsize="small")
     for axes, (title, ratio) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         axes.set_title(title, fontsize="medium")
-        _set_scales(axes, settings["depths"])
+        set_scales(axes, settings["depths"])
         _draw(axes, report, ratio)
     handles, names = axes.get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=2 + 2 * len(panels), frameon=False)
     figure.savefig(path, dpi=150)
 
 
-def _set_scales(axes: Axes, depths: list[int]) -> None:
+def set_scales(axes: Axes, depths: list[int]) -> None:
+    """Depth to the right, multiples of f16 upward."""
     # Logarithmic above the first depth that has a logarithm: depths are mostly chosen as powers of two.
     axes.set_xscale("symlog", base=2, linthresh=next(filter(None, depths), 1))
     axes.set_xticks(depths, [str(depth) for depth in depths])
@@ -55,7 +56,7 @@ def _set_scales(axes: Axes, depths: list[int]) -> None:
     axes.margins(x=0.06)
     axes.set_xlabel("depth: tokens in the cache")
     axes.set_ylabel("speed, times f16")
-    axes.grid(axis="y", color="0.9")
+    axes.grid(axis="y", color="0.5", alpha=0.2)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
 

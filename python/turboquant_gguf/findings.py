@@ -59,7 +59,8 @@ def of_quality(store: Store) -> list[QualityFinding]:
         windows: dict[CacheTypes, set[int]] = {}
         for types, part in latest:
             windows.setdefault(types, set()).add(part)
-        for parts in {frozenset(own & windows.get(base, set())) for own in windows.values()} - {frozenset()}:
+        others = [own for types, own in windows.items() if types != base] or list(windows.values())
+        for parts in {frozenset(own & windows.get(base, set())) for own in others} - {frozenset()}:
             alike = [types for types, own in windows.items() if own & windows[base] == parts or types == base]
             used = [latest[types, part] for types in alike for part in sorted(parts)]
             scores = {

@@ -188,6 +188,14 @@ def size_text(count: int) -> str:
     return f"{count / _UNITS[unit]:.4g} {unit}"
 
 
+def count_text(count: int) -> str:
+    """A large number, such as "134.5 M" or "7.242 B"."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:.4g} {unit}"
+    return str(count)
+
+
 def as_json(report: Report) -> dict:
     """The report as plain values, field by field."""
     return {

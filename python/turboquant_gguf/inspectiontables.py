@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .cachetypes import CacheTypes
-from .inspection import AttentionGroup, Caches, Pair, Report, size_text
+from .inspection import AttentionGroup, Caches, Pair, Report, count_text, size_text
 from .modelmemory import MOST_TOKENS
 
 COLUMNS = 8
@@ -40,7 +40,7 @@ def _facts(report: Report) -> Iterator[tuple[str, str]]:
     if report.name:
         yield "name", report.name
     yield "architecture", report.architecture or "not said"
-    yield "parameters", _count(report.parameters)
+    yield "parameters", count_text(report.parameters)
     if report.layers is not None:
         yield "layers", f"{report.layers}{_layers_apart(report)}"
     if report.attention:
@@ -175,13 +175,6 @@ def _grid(*headings: str) -> Table:
     for heading in headings:
         grid.add_column(heading, justify="left" if heading == headings[0] else "right", no_wrap=True)
     return grid
-
-
-def _count(count: int) -> str:
-    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if count >= size:
-            return f"{count / size:.4g} {unit}"
-    return str(count)
 
 
 def _times(ratio: float | None) -> str:

@@ -210,6 +210,21 @@ def _summarize(pair: CacheTypes, scores: Mapping[CacheTypes, Scores], base: Cach
     )
 
 
+def noise(results: Sequence[Quality], base: str) -> list[str]:
+    """What the results do not tell apart, in sentences."""
+    names = {result: str(CacheTypes(result.type_k, result.type_v)) for result in results}
+    close = [
+        name
+        for result, name in names.items()
+        if name != base and abs(result.ppl_ratio - 1) <= 2 * result.ppl_ratio_stderr
+    ]
+    pairs = {frozenset((name, other)): f"{name} and {other}" for result, name in names.items() for other in result.like}
+    return [
+        *([f"Perplexity within noise of {base}'s (two standard errors): {', '.join(close)}."] if close else []),
+        *([f"KL divergence within noise of each other: {'; '.join(pairs.values())}."] if pairs else []),
+    ]
+
+
 def _stderr(values: NDArray[np.float64]) -> float:
     """Standard error of the mean of values that lie in the order of the text."""
     blocks = len(values) // NEIGHBOURS

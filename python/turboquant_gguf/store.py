@@ -53,22 +53,25 @@ class Measurement:
 class Store:
     """An open file of measurements. A context manager. Every row is on disk when `add` returns.
 
-    Raises TurboquantError if the file is something else, or of a later version.
+    read_only: the file must exist, and stays as it is. Raises TurboquantError if the file is something else, or of a
+    later version.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, read_only: bool = False) -> None:
         self.path = path
         try:
-            self._db = sqlite3.connect(path, timeout=60, isolation_level=None)
+            mode = "ro" if read_only else "rwc"
+            self._db = sqlite3.connect(f"{path.absolute().as_uri()}?mode={mode}", 60, isolation_level=None, uri=True)
             version = self._db.execute("PRAGMA user_version").fetchone()[0]
             tables = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-            if version > VERSION or (tables and not version):
+            if version > VERSION or (not version and (tables or read_only)):
                 self._db.close()
                 raise TurboquantError(
                     f"{path} is not a file of measurements that this version of turboquant-gguf knows."
                 )
-            self._db.executescript(_SCHEMA)
-            self._db.execute(f"PRAGMA user_version = {VERSION}")
+            if not read_only:
+                self._db.executescript(_SCHEMA)
+                self._db.execute(f"PRAGMA user_version = {VERSION}")
         except sqlite3.Error as error:
             raise TurboquantError(f"{path} cannot be used as a file of measurements: {error}.") from error
 

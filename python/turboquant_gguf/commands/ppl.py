@@ -103,7 +103,7 @@ def ppl(
     elif report.results:
         console.print(f"[bold]{escape(heading(report))}[/]", highlight=False)
         console.print(table(report))
-        for sentence in noise(report):
+        for sentence in quality.noise(report.results, report.settings["base"]):
             console.print(sentence, highlight=False)
         console.print(f"[dim]{NOTE.format(base=report.settings['base'])}[/]", highlight=False)
     errors = Console(stderr=True, highlight=False)
@@ -153,19 +153,3 @@ def table(report: quality.Report) -> Table:
             f"{result.top1:.1%}",
         )
     return grid
-
-
-def noise(report: quality.Report) -> list[str]:
-    """What the results do not tell apart, in sentences."""
-    base = report.settings["base"]
-    names = {result: str(CacheTypes(result.type_k, result.type_v)) for result in report.results}
-    close = [
-        name
-        for result, name in names.items()
-        if name != base and abs(result.ppl_ratio - 1) <= 2 * result.ppl_ratio_stderr
-    ]
-    pairs = {frozenset((name, other)): f"{name} and {other}" for result, name in names.items() for other in result.like}
-    return [
-        *([f"Perplexity within noise of {base}'s (two standard errors): {', '.join(close)}."] if close else []),
-        *([f"KL divergence within noise of each other: {'; '.join(pairs.values())}."] if pairs else []),
-    ]
