@@ -226,15 +226,17 @@ def rows_or_none(path: Path) -> list[tuple]:
 
 
 def test_later_rows_count(tmp_path):
-    model, settings = {"name": "m"}, {"b": 1, "a": [2]}
+    model, settings = {"name": "m", "fingerprint": "1"}, {"b": 1, "a": [2]}
     with Store(tmp_path / "store") as store:
         for value in (b"1", b"2"):
             store.add("kind", model, F16, settings, value, machine={"devices": ["x"]})
         store.add("kind", model, F16, settings, b"3", part=1)
         store.add("kind", model, F16, {"a": [2]}, b"4")
     with Store(tmp_path / "store") as store:
-        assert store.find("kind", model, {"a": [2], "b": 1}) == {(F16, 0): b"2", (F16, 1): b"3"}
-        assert [row.value for row in store.all("kind")] == [b"1", b"2", b"3", b"4"]
+        store.add("kind", {"name": "m", "fingerprint": "2"}, F16, settings, b"5")
+        renamed = {"name": "another", "fingerprint": "1"}
+        assert store.find("kind", renamed, {"a": [2], "b": 1}) == {(F16, 0): b"2", (F16, 1): b"3"}
+        assert [row.value for row in store.all("kind")] == [b"1", b"2", b"3", b"4", b"5"]
         assert store.all("kind")[0].machine == {"devices": ["x"]}
         assert store.all("kind")[2].machine == provenance.machine()
         assert store.all("other") == []

@@ -4,7 +4,8 @@
     python tools/quality_table.py wiki.test.raw
 
 measures SmolLM2-135M-Instruct, as it is and with calibrated keys, with turboquant-gguf, and puts what comes out into
-README.md and python/turboquant_gguf/data/reference.json. What was measured is kept: interrupted, it goes on from there.
+README.md, docs/quality.png and python/turboquant_gguf/data/reference.json. What was measured is kept: interrupted, it
+goes on from there.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from rich.console import Console
 from turboquant_gguf import models, outputfile, quality
 from turboquant_gguf.cachetypes import CacheTypes
 from turboquant_gguf.calibration import calibrate
+from turboquant_gguf.report import report
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "python" / "turboquant_gguf" / "data" / "reference.json"
+PLOT = ROOT / "docs" / "quality.png"
 TYPES = (
     "f16", "q8_0", "q5_1", "q5_0", "q4_0", "q8_0:turbo4", "q8_0:turbo3", "turbo4", "turbo4:turbo3", "turbo4:turbo2",
     "turbo3", "turbo2",
@@ -35,19 +38,22 @@ BEGIN, END = "<!-- by tools/quality_table.py -->", "<!-- end -->"
 @click.option("--results", type=click.Path(path_type=Path), default=None, help="A file of measurements.")
 def main(text: Path, windows: int, context: int, results: Path | None) -> None:
     console = Console(stderr=True)
+    results = results or quality.default_results()
     model = models.fetch("smollm2-135m")
     calibrated = models.cache_folder() / "SmolLM2-135M-Instruct-calibrated.gguf"
-    calibrate(model, calibrated, force=True, console=console)
-    reports = [
+    if not calibrated.exists():  # made again with other threads it would be a little different, and so another model
+        calibrate(model, calibrated, console=console)
+    found = [
         quality.ppl(
             path, text=str(text), types=TYPES, context=context, windows=windows, results=results, console=console
         )
         for path in (model, calibrated)
     ]
-    if any(report.interrupted for report in reports):
+    if any(one.interrupted for one in found):
         raise click.Abort
-    _write(ROOT / "README.md", _in_readme(_table(*reports)))
-    _write(REFERENCE, json.dumps(_reference(*reports), indent=2) + "\n")
+    _write(ROOT / "README.md", _in_readme(_table(*found)))
+    report(results, outputs=[PLOT], models=[path.stem for path in (model, calibrated)], console=console)
+    _write(REFERENCE, json.dumps(_reference(*found), indent=2) + "\n")
 
 
 def _table(plain: quality.Report, calibrated: quality.Report) -> str:
@@ -89,8 +95,8 @@ def _in_readme(table: str) -> str:
 def _reference(plain: quality.Report, calibrated: quality.Report) -> dict:
     reports = {"as it is": plain, "calibrated": calibrated}
     return {"model": plain.model["name"], "text": plain.settings["text"]} | {
-        name: {str(CacheTypes(one.type_k, one.type_v)): round(one.kld_mean, 5) for one in report.results}
-        for name, report in reports.items()
+        name: {str(CacheTypes(one.type_k, one.type_v)): round(one.kld_mean, 5) for one in found.results}
+        for name, found in reports.items()
     }
 
 

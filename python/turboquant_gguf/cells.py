@@ -42,7 +42,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Cell:
-    """What to measure. facts: provenance.model of the file, which must be the same wherever it is measured."""
+    """What to measure. facts: provenance.model of the file; its fingerprint must be the same wherever it is measured."""
 
     kind: ClassVar[str]
     model: Path
@@ -71,7 +71,7 @@ class Cell:
 
     def require_model(self) -> None:
         """Raise TurboquantError unless the file is here, and the one the sweep was started with."""
-        if provenance.model(self.model) != self.facts:
+        if provenance.model(self.model)["fingerprint"] != self.facts["fingerprint"]:
             raise TurboquantError(f"{self.model} is another file here than where the sweep was started.")
 
     def _rows(self, values: Mapping[str, Any], failures: Sequence[Any]) -> Iterator[Row | Failure]:

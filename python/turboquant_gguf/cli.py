@@ -21,6 +21,7 @@ from .commands.inspect import inspect
 from .commands.niah import niah
 from .commands.ppl import ppl
 from .commands.recommend import recommend
+from .commands.report import report
 from .commands.sweep import sweep
 from .commands.types import types
 from .commands.verify import verify
@@ -47,6 +48,7 @@ cli.add_command(inspect)
 cli.add_command(niah)
 cli.add_command(ppl)
 cli.add_command(recommend)
+cli.add_command(report)
 cli.add_command(sweep)
 cli.add_command(types)
 cli.add_command(verify)

@@ -46,7 +46,7 @@ def of_kind(store: Store, kind: str) -> list[Finding]:
     found = []
     for rows in _groups(store, kind, by_machine=kind == "speed"):
         values = {row.types: json.loads(row.value) for row in rows}
-        found.append(Finding(rows[0].model, rows[0].settings, _machines(rows), rows[-1].time, values))
+        found.append(Finding(rows[-1].model, rows[0].settings, _machines(rows), rows[-1].time, values))
     return sorted(found, key=lambda one: one.time)
 
 
@@ -69,14 +69,14 @@ def of_quality(store: Store) -> list[QualityFinding]:
             }
             results = quality.summarize(scores, base)
             time = max(row.time for row in used)
-            found.append(QualityFinding(rows[0].model, rows[0].settings, _machines(used), time, len(parts), results))
+            found.append(QualityFinding(rows[-1].model, rows[0].settings, _machines(used), time, len(parts), results))
     return sorted(found, key=lambda one: one.time)
 
 
 def _groups(store: Store, kind: str, *, by_machine: bool) -> Iterator[list[Measurement]]:
     groups: dict[str, list[Measurement]] = {}
     for row in store.all(kind):
-        key = [row.model, row.settings, row.machine if by_machine else None]
+        key = [row.model["fingerprint"], row.settings, row.machine if by_machine else None]
         groups.setdefault(json.dumps(key), []).append(row)
     yield from groups.values()
 

@@ -121,7 +121,7 @@ def _measured(facts: dict, paths: Sequence[Path]) -> dict[CacheTypes, float]:
     """Mean KL divergences of the model, from the measurement over most windows."""
     found: dict[CacheTypes, tuple[int, float]] = {}
     for path in paths:
-        with Store(path) as store:
+        with Store(path, read_only=True) as store:
             for one in findings.of_quality(store):
                 if one.model["fingerprint"] != facts["fingerprint"]:
                     continue

@@ -32,7 +32,7 @@ CREATE TABLE IF NOT EXISTS measurement (
     machine  TEXT    NOT NULL, -- JSON
     time     TEXT    NOT NULL  -- UTC, ISO 8601
 );
-CREATE INDEX IF NOT EXISTS by_model ON measurement (kind, model, settings);
+CREATE INDEX IF NOT EXISTS by_settings ON measurement (kind, settings);
 """
 
 
@@ -104,11 +104,11 @@ class Store:
     def find(
         self, kind: str, model: Mapping[str, Any], settings: Mapping[str, Any]
     ) -> dict[tuple[CacheTypes, int], bytes]:
-        """The values of these settings, by cache types and part."""
+        """The values of these settings and of the model with that fingerprint, by cache types and part."""
         rows = self._db.execute(
             "SELECT type_k, type_v, part, value FROM measurement "
-            "WHERE kind = ? AND model = ? AND settings = ? ORDER BY id",
-            (kind, _text(model), _text(settings)),
+            "WHERE kind = ? AND json_extract(model, '$.fingerprint') = ? AND settings = ? ORDER BY id",
+            (kind, model["fingerprint"], _text(settings)),
         )
         return {(CacheTypes(k, v), part): value for k, v, part, value in rows}
 
