@@ -19,7 +19,7 @@ EPILOG = """\b
 Examples:
   turboquant-gguf recommend my.gguf --memory 8GiB --context 32768
   turboquant-gguf recommend my.gguf --memory 6GB --context 16384 --json
-  turboquant-gguf recommend my.gguf --memory 8GiB --context 8192 --results my.sqlite
+  turboquant-gguf recommend m.gguf --memory 8GB --context 8192 --types turbo4
 """
 
 
