@@ -28,14 +28,14 @@ def total(model: Path, types: str) -> int:
         return memory.size(CacheTypes.parse(types), CONTEXT).total
 
 
-def measured(model: Path, path: Path, losses: dict[str, float], **settings) -> Path:
+def measured(model: Path, path: Path, losses: dict[str, float], windows: int = 1) -> Path:
     """A file of measurements in which each type has the same loss for every token."""
-    settings = {"text": "t", "base": "f16", "context": 32} | settings
+    settings = {"text": "t", "base": "f16", "context": 32}
     with Store(path) as store:
         for name, loss in losses.items():
             scores = np.full(15, 0, quality.SCORES)
             scores["kld"] = loss
-            for window in range(settings.pop("windows", 1)):
+            for window in range(windows):
                 pair = CacheTypes.parse(name)
                 store.add(quality.KIND, provenance.model(model), pair, settings, scores.tobytes(), part=window)
     return path

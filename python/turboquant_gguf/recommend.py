@@ -118,8 +118,8 @@ def recommend(
 
 
 def _measured(facts: dict, paths: Sequence[Path]) -> dict[CacheTypes, float]:
-    """Mean KL divergences of the model, from the measurement over most windows."""
-    found: dict[CacheTypes, tuple[int, float]] = {}
+    """Mean KL divergences of the model, from the measurement over most tokens, and of several such the last."""
+    found: dict[CacheTypes, quality.Quality] = {}
     for path in paths:
         with Store(path, read_only=True) as store:
             for one in findings.of_quality(store):
@@ -127,8 +127,9 @@ def _measured(facts: dict, paths: Sequence[Path]) -> dict[CacheTypes, float]:
                     continue
                 for result in one.results:
                     pair = CacheTypes(result.type_k, result.type_v)
-                    found[pair] = max(found.get(pair, (0, 0.0)), (result.tokens, result.kld_mean))
-    return {pair: loss for pair, (_, loss) in found.items()}
+                    if pair not in found or result.tokens >= found[pair].tokens:
+                        found[pair] = result
+    return {pair: result.kld_mean for pair, result in found.items()}
 
 
 def _reason(

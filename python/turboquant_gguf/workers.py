@@ -88,8 +88,8 @@ def on_cluster(address: str, cells: Sequence[Cell]) -> Iterator[Found]:
             str(error),
         ) from error
     with client:
-        # A cell that ends a worker would end the next one as well.
-        futures = {client.submit(_found, cell, pure=False, retries=0): cell for cell in cells}
+        # Dask gives the cell of a worker that died to another one, and gives up after a few.
+        futures = {client.submit(_found, cell, pure=False): cell for cell in cells}
         try:
             for future in as_completed(futures):
                 cell = futures[future]
