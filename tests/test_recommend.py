@@ -63,6 +63,16 @@ def test_a_calibrated_model_has_predictions_of_its_own(smollm2, calibrated):
     assert better.best.predicted < plain.best.predicted
 
 
+def test_predictions_follow_what_was_measured_of_the_model(smollm2, tmp_path):
+    """A model that loses twice what the reference does, loses twice as much with types that were not measured, too."""
+    known = reference(False).losses
+    twice = {"f16": 0.0} | {name: 2 * known[name] for name in ("q4_0", "turbo4")}
+    mine = measured(smollm2, tmp_path / "mine.sqlite", twice)
+    found = recommend(smollm2, memory=total(smollm2, "q8_0"), context=CONTEXT, results=[mine])
+    assert (found.best.types, found.best.measured) == ("q8_0", None)  # though others were measured
+    assert found.best.predicted == pytest.approx(2 * known["q8_0"], rel=1e-3)
+
+
 def test_measurements_of_the_model_go_before_predictions(smollm2, calibrated, tmp_path):
     memory = total(smollm2, "q4_0")
     predicted = recommend(smollm2, memory=memory, context=CONTEXT)
@@ -74,7 +84,7 @@ def test_measurements_of_the_model_go_before_predictions(smollm2, calibrated, tm
     assert "0.0100 from f16, measured on this model" in found.reason
     assert recommend(calibrated, memory=memory, context=CONTEXT, results=[mine]).best.measured is None  # another model
     # what ppl keeps by default is found without being named
-    measured(smollm2, tmp_path / "measurements.sqlite", {"f16": 0, "turbo4": 0.001}, windows=2)
+    measured(smollm2, tmp_path / "measurements.sqlite", {"f16": 0, "turbo4": 0.0001}, windows=2)
     assert recommend(smollm2, memory=memory, context=CONTEXT, results=[mine]).best.types == "turbo4"
 
 

@@ -42,7 +42,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Cell:
-    """What to measure. facts: provenance.model of the file; its fingerprint must be the same wherever it is measured."""
+    """What to measure. facts: provenance.model of the file, whose fingerprint must be the same everywhere."""
 
     kind: ClassVar[str]
     model: Path

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -24,7 +25,8 @@ class Candidate:
 
     bits: a value. size: bytes of weights, cache and buffers at the context asked for; fits: in the memory asked for.
     longest_context: tokens that fit. measured: KL divergence from f16 (nats a token) of this model, None if it was not
-    measured. predicted: that of the reference model.
+    measured. predicted: that of the reference model, times how much more or less than it this model loses with the
+    types that were measured.
     """
 
     types: str
@@ -34,6 +36,11 @@ class Candidate:
     longest_context: int
     measured: float | None
     predicted: float
+
+    @property
+    def loss(self) -> float:
+        """As measured, or else as predicted."""
+        return self.predicted if self.measured is None else self.measured
 
 
 @dataclass(frozen=True)
@@ -75,8 +82,8 @@ def recommend(
     """The types that lose least among those with which `context` tokens of `model` (a GGUF) fit in `memory` bytes.
 
     types: which to choose from; none means all that the reference model was measured with. results: files of
-    measurements (store.Store), besides the one in the user's cache folder. Types measured on this model go before
-    those whose loss is only predicted. Raises TurboquantError if the model cannot be used.
+    measurements (store.Store), besides the one in the user's cache folder. Raises TurboquantError if the model
+    cannot be used.
     """
     facts = provenance.model(model)
     known = reference(facts["calibrated"])
@@ -86,6 +93,7 @@ def recommend(
             f"There is no prediction for {', '.join(unknown)}. Choose from {', '.join(known.losses)}."
         )
     measured = _measured(facts, [path for path in (quality.default_results(), *results) if path.is_file()])
+    factor = _factor(measured, known)
     candidates = []
     with ModelMemory(model) as counted:
         for pair in asked:
@@ -100,10 +108,10 @@ def recommend(
                     fits=size.total <= memory,
                     longest_context=counted.longest_context(pair, memory),
                     measured=measured.get(pair),
-                    predicted=known.losses[str(pair)],
+                    predicted=known.losses[str(pair)] * factor,
                 )
             )
-    candidates.sort(key=lambda one: (not one.fits, one.measured is None, one.measured or one.predicted, one.bits))
+    candidates.sort(key=lambda one: (not one.fits, one.loss, one.bits))
     best = candidates[0] if candidates and candidates[0].fits else None
     return Recommendation(
         model=model.name,
@@ -132,6 +140,13 @@ def _measured(facts: dict, paths: Sequence[Path]) -> dict[CacheTypes, float]:
     return {pair: result.kld_mean for pair, result in found.items()}
 
 
+def _factor(measured: Mapping[CacheTypes, float], known: Reference) -> float:
+    """How many times the reference's losses this model's are: the geometric mean over what was measured of both."""
+    pairs = [(loss, known.losses.get(str(pair))) for pair, loss in measured.items()]
+    ratios = [loss / expected for loss, expected in pairs if loss and expected]
+    return statistics.geometric_mean(ratios) if ratios else 1.0
+
+
 def _reason(
     best: Candidate | None, candidates: Sequence[Candidate], known: Reference, memory: int, context: int
 ) -> str:
@@ -149,7 +164,7 @@ def _reason(
     if best.measured is not None:
         return f"It loses least of those that fit: KL divergence {best.measured:.4f} from f16, measured on this model."
     return (
-        f"It should lose least of those that fit: KL divergence {best.predicted:.4f} from f16, measured on "
+        f"It should lose least of those that fit: KL divergence {best.predicted:.4f} from f16, predicted from "
         f"{known.model}; larger models lose less. `turboquant-gguf ppl` measures this one."
     )
 

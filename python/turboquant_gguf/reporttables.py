@@ -195,7 +195,7 @@ def _speed(finding: Finding) -> tuple[list[str], Table]:
     kinds = [kind for kind in ("decode", "prefill") if settings[kind]]
     conditions = [
         *(f"{kind} of {_count(settings[kind], 'token')}" for kind in kinds),
-        _count(settings["threads"], "thread"),
+        *([_count(settings["threads"], "thread")] if settings["threads"] else []),
         _count(settings["repetitions"], "round"),
     ]
     columns = [TYPE]

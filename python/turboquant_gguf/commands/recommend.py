@@ -75,7 +75,7 @@ def _show(found: library.Recommendation) -> None:
     for title in ("\nbits", "weights", "\ncache", "\nbuffers", "\nfits", "longest\ncontext", "KL from\nf16"):
         grid.add_column(title, justify="right", no_wrap=True)
     for one in found.candidates:
-        loss = f"{one.measured:.4f}" if one.measured is not None else f"~{one.predicted:.4f}"
+        loss = f"{'~' if one.measured is None else ''}{one.loss:.4f}"
         sizes = (size_text(size) for size in (one.size.weights, one.size.cache, one.size.compute))
         best = one is found.best
         cells = [one.types, f"{one.bits:.4g}", *sizes, "yes" if one.fits else "no", str(one.longest_context), loss]
@@ -83,7 +83,7 @@ def _show(found: library.Recommendation) -> None:
     console.print(f"[bold]{escape(found.model)}, {found.context} tokens in {size_text(found.memory)}[/]")
     console.print(grid)
     if any(one.measured is None for one in found.candidates):
-        console.print("[dim]~ predicted: what a small reference model loses.[/]")
+        console.print("[dim]~ predicted from what a small reference model loses.[/]")
     if found.trained_length and found.context > found.trained_length:
         console.print(f"[bold yellow]Note:[/] this model was trained for {found.trained_length} tokens.")
     if not found.best:
