@@ -7,6 +7,7 @@ here, and read by nobody but report.py.
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -41,7 +42,7 @@ class Failure:
 
 
 @dataclass(frozen=True)
-class Cell:
+class Cell(ABC):
     """What to measure. facts: provenance.model of the file, whose fingerprint must be the same everywhere."""
 
     kind: ClassVar[str]
@@ -56,18 +57,18 @@ class Cell:
         return f"{self.model.name}, {self.kind}"
 
     @property
+    @abstractmethod
     def settings(self) -> dict[str, Any]:
         """What the rows depend on besides the model and the types."""
-        raise NotImplementedError
 
     @property
     def rows(self) -> int:
         """How many rows it gives."""
         return len(self.types)
 
+    @abstractmethod
     def measure(self) -> Iterator[Row | Failure]:
         """Measure. A type that fails is a Failure; raises TurboquantError if the whole cell does."""
-        raise NotImplementedError
 
     def require_model(self) -> None:
         """Raise TurboquantError unless the file is here, and the one the sweep was started with."""
