@@ -118,6 +118,16 @@ def test_only_what_is_missing_is_measured(tiny, text, tmp_path):
     assert rows(results)[:6] == before
 
 
+def test_speed_is_measured_on_every_machine(tiny, text, tmp_path):
+    results = tmp_path / "results.sqlite"
+    both = {"measure": ("quality", "speed"), "windows": 1}
+    assert swept(tiny, text, results, **both).added == 4
+    with sqlite3.connect(results) as database:  # as if another machine had measured all of it
+        database.execute("UPDATE measurement SET machine = '{}'")
+    assert swept(tiny, text, results, **both).added == 2
+    assert [row[0] for row in rows(results)[4:]] == ["speed", "speed"]
+
+
 def test_types_that_do_not_fit_one_of_the_models(tiny, text, tmp_path):
     folder = checkpoints.write(tmp_path / "narrow", "llama, head size 80")
     with checkpoints.any_pre_tokenizer():

@@ -350,6 +350,5 @@ def gather(
 ) -> tuple[dict[CacheTypes, Scores], int]:
     """The scores of each type over the windows in which all were measured, and the number of these windows."""
     complete = [number for number in range(windows) if all((pair, number) in known for pair in types)]
-    return {pair: np.frombuffer(b"".join(known[pair, number] for number in complete), SCORES) for pair in types}, len(
-        complete
-    )
+    scores = {pair: np.frombuffer(b"".join(known[pair, number] for number in complete), SCORES) for pair in types}
+    return scores, len(complete)

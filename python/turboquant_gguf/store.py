@@ -102,13 +102,22 @@ class Store:
         )
 
     def find(
-        self, kind: str, model: Mapping[str, Any], settings: Mapping[str, Any]
+        self,
+        kind: str,
+        model: Mapping[str, Any],
+        settings: Mapping[str, Any],
+        *,
+        machine: Mapping[str, Any] | None = None,
     ) -> dict[tuple[CacheTypes, int], bytes]:
-        """The values of these settings and of the model with that fingerprint, by cache types and part."""
+        """The values of these settings and of the model with that fingerprint, by cache types and part.
+
+        machine: only what was measured there; None for any.
+        """
         rows = self._db.execute(
             "SELECT type_k, type_v, part, value FROM measurement "
-            "WHERE kind = ? AND json_extract(model, '$.fingerprint') = ? AND settings = ? ORDER BY id",
-            (kind, model["fingerprint"], _text(settings)),
+            "WHERE kind = ? AND json_extract(model, '$.fingerprint') = ? AND settings = ? "
+            "AND machine = ifnull(?, machine) ORDER BY id",
+            (kind, model["fingerprint"], _text(settings), machine and _text(machine)),
         )
         return {(CacheTypes(k, v), part): value for k, v, part, value in rows}
 

@@ -93,7 +93,7 @@ def sweep(
                 others += [RetrievalCell(*common, length, NEEDLE_DEPTHS, trials) for length in within]
             if "speed" in measure:
                 others.append(SpeedCell(*common, tuple(depths), PREFILL, DECODE, repetitions))
-            cells += _missing(others, store, report)
+            cells += _missing(others, store, report, anywhere=bool(cluster))
         report.asked = sum(cell.rows for cell in cells)
         try:
             _measure(cells, cluster, store, report, console)
@@ -115,10 +115,11 @@ def _quality(cell: QualityCell, windows: int, store: Store, report: Report, *, s
     return whole.split(_SHARED_WINDOWS) if shared else [whole]
 
 
-def _missing(cells: Sequence[Cell], store: Store, report: Report) -> Iterator[Cell]:
-    """The cells with the types that the store lacks."""
+def _missing(cells: Sequence[Cell], store: Store, report: Report, *, anywhere: bool) -> Iterator[Cell]:
+    """The cells with the types that the store lacks. anywhere: speed counts from any machine, else from this one."""
     for cell in cells:
-        known = store.find(cell.kind, cell.facts, cell.settings)
+        machine = provenance.machine() if isinstance(cell, SpeedCell) and not anywhere else None
+        known = store.find(cell.kind, cell.facts, cell.settings, machine=machine)
         missing = tuple(pair for pair in cell.types if (pair, 0) not in known)
         report.known += len(cell.types) - len(missing)
         if missing:
