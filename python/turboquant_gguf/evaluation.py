@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +23,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from . import server
+from . import provenance, server
 from .cachetypes import CacheTypes
 from .errors import TurboquantError
 from .ggufile import GGUFModel
@@ -141,11 +140,7 @@ def evaluate(
             **options,
         },
         versions={name: version(name) for name in ("turboquant_gguf", "lm_eval")},
-        machine={
-            "system": platform.platform(),
-            "logical_cpus": os.cpu_count(),
-            "python": platform.python_version(),
-        },
+        machine={**provenance.machine(), "python": platform.python_version()},
     )
 
     def run(pair: CacheTypes, on_answer: Callable[[], object]) -> EvalResults:

@@ -8,7 +8,6 @@ change answers of quantized caches. So an answer depends on its own prompt alone
 from __future__ import annotations
 
 import math
-import os
 import platform
 import random
 import re
@@ -23,7 +22,7 @@ from rich.columns import Columns
 from rich.console import Console
 from rich.table import Table
 
-from . import haystack, server
+from . import haystack, provenance, server
 from .bench import progress_bar
 from .cachetypes import CacheTypes
 from .errors import TurboquantError
@@ -259,14 +258,11 @@ def _ask(running: Server, types: CacheTypes, prompt: Prompt) -> Cell:
 
 
 def _machine(running: Server) -> dict:
-    """Where and with what was measured, from the server's log and from Python."""
-    log = running.log()
-    threads = re.search(r"n_threads = (\d+)", log)
+    """Where and with what was measured."""
+    threads = re.search(r"n_threads = (\d+)", running.log())
     return {
-        "devices": re.findall(r" - \w+ *: (.+?) *\(\d+ MiB, \d+ MiB free\)", log),
-        "logical_cpus": os.cpu_count(),
+        **provenance.machine(),
         "threads": int(threads[1]) if threads else None,
-        "system": platform.platform(),
         "turboquant_gguf": version("turboquant-gguf"),
         "python": platform.python_version(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
