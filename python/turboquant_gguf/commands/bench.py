@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
@@ -65,22 +64,8 @@ NOTE = (
     metavar="FOLDER",
     help="Take f16 from the llama-bench in FOLDER, such as a stock llama.cpp's.",
 )
-@click.option(
-    "--json",
-    "json_file",
-    type=options.FILE,
-    metavar="FILE",
-    callback=options.output,
-    help="Write all of it, every sample and the machine, as JSON; - is stdout.",
-)
-@click.option(
-    "--plot",
-    "plot_file",
-    type=options.FILE,
-    metavar="FILE",
-    callback=options.plot,
-    help="Draw speed against depth, as .png, .svg or .pdf; needs matplotlib.",
-)
+@options.json_file("all of it, every sample and the machine")
+@options.plot_file("speed against depth")
 @click.pass_context
 def bench(
     context: click.Context,
@@ -121,8 +106,7 @@ def bench(
     )
     _show(report, console)
     if json_file:
-        with click.open_file(str(json_file), "w", encoding="utf-8") as file:
-            file.write(json.dumps(library.as_json(report), indent=2) + "\n")
+        options.write_json(json_file, library.as_json(report))
     if plot_file and report.results:
         benchplot.write(report, plot_file)
     if report.interrupted:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
@@ -76,22 +75,8 @@ def _percentage(word: str) -> float:
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the needles and the generated sentences.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads [default: llama-server's choice]")
-@click.option(
-    "--json",
-    "json_file",
-    type=options.FILE,
-    metavar="FILE",
-    callback=options.output,
-    help="Write all of it, every answer and the machine, as JSON; - is stdout.",
-)
-@click.option(
-    "--plot",
-    "plot_file",
-    type=options.FILE,
-    metavar="FILE",
-    callback=options.plot,
-    help="Draw a heat map for each type, as .png, .svg or .pdf; needs matplotlib.",
-)
+@options.json_file("all of it, every answer and the machine")
+@options.plot_file("a heat map for each type")
 @click.pass_context
 def niah(
     context: click.Context,
@@ -129,8 +114,7 @@ def niah(
     )
     _show(report, console)
     if json_file:
-        with click.open_file(str(json_file), "w", encoding="utf-8") as file:
-            file.write(json.dumps(library.as_json(report), indent=2) + "\n")
+        options.write_json(json_file, library.as_json(report))
     if plot_file and report.scores:
         niahplot.write(report, plot_file)
     if report.interrupted:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import click
 from .. import benchplot
 from ..inspection import parse_size
 
-FILE = click.Path(path_type=Path, dir_okay=False, writable=True, allow_dash=True)
+_FILE = click.Path(path_type=Path, dir_okay=False, writable=True, allow_dash=True)
 
 
 def types(default: Sequence[str], more: str) -> Callable:
@@ -52,8 +53,37 @@ def output(_context: click.Context, _parameter: click.Parameter, path: Path | No
     return path
 
 
-def plot(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
-    """The same for a plot, whose name says its format."""
+def json_file(what: str) -> Callable:
+    """The option --json FILE. what: all that is written."""
+    return click.option(
+        "--json",
+        "json_file",
+        type=_FILE,
+        metavar="FILE",
+        callback=output,
+        help=f"Write {what}, as JSON; - is stdout.",
+    )
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write what --json is for."""
+    with click.open_file(str(path), "w", encoding="utf-8") as file:
+        file.write(json.dumps(value, indent=2) + "\n")
+
+
+def plot_file(what: str) -> Callable:
+    """The option --plot FILE. what: the plot that is drawn."""
+    return click.option(
+        "--plot",
+        "plot_file",
+        type=_FILE,
+        metavar="FILE",
+        callback=_plot,
+        help=f"Draw {what}, as .png, .svg or .pdf; needs matplotlib.",
+    )
+
+
+def _plot(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
     if path and path.suffix.lower() not in benchplot.FORMATS:
         raise click.BadParameter(f"{path.name!r} does not end in {', '.join(benchplot.FORMATS)}.")
     return output(context, parameter, path)
