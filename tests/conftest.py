@@ -83,6 +83,16 @@ def model(request, smollm2) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """A random model with heads of 64 values, which computes fast."""
+    import checkpoints  # brings transformers and torch
+
+    folder = checkpoints.write(tmp_path_factory.mktemp("tiny") / "stablelm", "stablelm, head size 64")
+    with checkpoints.any_pre_tokenizer():
+        return convert(folder, folder.parent / "tiny.gguf", outtype="f32", console=Console(quiet=True)).path
+
+
+@pytest.fixture(scope="session")
 def wikitext() -> Path:
     """The raw test split of WikiText-2, from the folder `shared` beside the repository."""
     path = ROOT.parent / "shared" / "data" / "wiki.test.raw"

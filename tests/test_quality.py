@@ -34,14 +34,6 @@ def text(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory) -> Path:
-    """A random model, which computes fast."""
-    folder = checkpoints.write(tmp_path_factory.mktemp("tiny") / "stablelm", "stablelm, head size 64")
-    with checkpoints.any_pre_tokenizer():
-        return convert(folder, folder.parent / "tiny.gguf", outtype="f32", console=Console(quiet=True)).path
-
-
 @pytest.fixture
 def random_text(tmp_path) -> Path:
     path = tmp_path / "random.txt"

@@ -24,14 +24,6 @@ LEAST = {"context": 32, "windows": 3, "lengths": (200,), "depths": (0,), "repeti
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory) -> Path:
-    """A random model with heads of 64 values, which computes fast."""
-    folder = checkpoints.write(tmp_path_factory.mktemp("tiny") / "stablelm", "stablelm, head size 64")
-    with checkpoints.any_pre_tokenizer():
-        return convert(folder, folder.parent / "tiny.gguf", outtype="f32", console=Console(quiet=True)).path
-
-
-@pytest.fixture(scope="session")
 def text(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("text") / "random.txt"
     path.write_bytes(bytes(np.random.default_rng(0).integers(97, 123, 40000, np.uint8)))
