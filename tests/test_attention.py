@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import instruction_sets
 from turboquant_gguf import attention_numpy, codec_numpy, ggml
-from turboquant_gguf.attention import Attention, Problem
+from turboquant_gguf.attention import Attention, Problem, Window
 
 ROOT = Path(__file__).parent.parent
 TURBO = ("turbo2", "turbo3", "turbo4")
@@ -162,6 +162,66 @@ def test_threads_do_not_change_a_bit(problem: Problem, threads: int):
     assert np.array_equal(result_of(problem, threads), result_of(problem, 1))
 
 
+# ---- with a recent window ----
+
+
+@st.composite
+def problems_with_window(draw) -> Problem:
+    problem = draw(problems(stock=("f16", "q8_0")))
+    sequences, _, queries, size_k = problem.q.shape
+    keys, kv_heads = problem.k.shape[1:3]
+    rng = np.random.default_rng(draw(st.integers(0, 1 << 32)))
+    slots, tokens = draw(st.sampled_from([1, 37, 64, 150])), draw(st.sampled_from([1, 2, 8, 70]))
+    mask = np.where(rng.random((sequences, 1, queries, slots + tokens)) < draw(st.sampled_from([0.0, 0.1, 0.9])), 0, -np.inf)
+    parts = ((kind, count, size) for kind, count in ((np.float16, slots), (np.float32, tokens))
+             for size in (size_k, problem.size_v))
+    arrays = [values(rng, draw(st.sampled_from(["gaussian", "large channel", "zeros"])), sequences, count, kv_heads, size).astype(kind)
+              for kind, count, size in parts]
+    window = Window(*arrays, mask=mask.astype(np.float16))
+    cache = problem.mask if problem.mask is not None else np.zeros((1, 1, queries, keys), np.float16)
+    return replace(problem, window=window, mask=cache)
+
+
+def without_window(problem: Problem) -> Problem:
+    """The same in one cache of float32. Keys of the cache meet rounded queries, others do not: hence twice the size."""
+    window = problem.window
+    rounded = rounded_queries(problem)
+    k = attention_numpy.decode(problem.k, problem.type_k)
+    more = np.concatenate([window.ring_k.astype(np.float32), window.new_k], axis=1)
+    k = np.concatenate([np.concatenate([k, np.zeros_like(k)], -1), np.concatenate([np.zeros_like(more), more], -1)], 1)
+    v = [attention_numpy.decode(problem.v, problem.type_v), window.ring_v.astype(np.float32), window.new_v]
+    masks = [np.broadcast_to(mask, (problem.q.shape[0], problem.mask.shape[1], *mask.shape[2:])) for mask in (problem.mask, window.mask)]
+    return replace(
+        problem,
+        q=np.concatenate([rounded, problem.q], -1).astype(np.float32),
+        k=np.ascontiguousarray(k).view(np.uint8),
+        v=np.ascontiguousarray(np.concatenate(v, axis=1)).view(np.uint8),
+        type_k="f32",
+        type_v="f32",
+        mask=np.concatenate(masks, axis=-1),
+        window=None,
+    )
+
+
+@many
+@given(problems_with_window(), st.integers(1, 5))
+def test_kernel_with_a_recent_window(problem: Problem, threads: int):
+    exact, tolerance = expected(without_window(problem))
+    if problem.type_v in TURBO:  # weights of 16 bits: half a step of the largest among 64 keys, for each of them
+        tolerance = tolerance + 1.1e-3 * np.abs(attention_numpy.decode(problem.v, problem.type_v)).max()
+    assert np.all(np.abs(result_of(problem, threads) - exact) <= tolerance)
+
+
+@settings(many, max_examples=40)
+@given(problems_with_window(), st.integers(1, 5))
+def test_reference_of_the_recent_window(problem: Problem, threads: int):
+    exact, tolerance = expected(replace(without_window(problem), q=np.concatenate([problem.q, problem.q], -1)))
+    with Attention(problem, threads, reference=True) as attention:
+        attention.run()
+        result = attention.result()
+    assert np.all(np.abs(result - exact) <= tolerance + 1e-5 * np.abs(exact).max())
+
+
 # ---- alone, for each instruction set ----
 
 
@@ -193,7 +253,7 @@ def as_input(problem: Problem) -> bytes:
 def test_kernel_alone(build: str, grafted: Path, tmp_path: Path):
     include = [f"-isystem{grafted / folder}" for folder in ("ggml/include", "ggml/src", "ggml/src/ggml-cpu")]
     sources = [ROOT / "tests" / "attention_simd.cpp", ROOT / "ggml_turbo" / "cpu" / "turbo-attention.cpp",
-               ROOT / "ggml_turbo" / "ggml-turbo.c"]
+               ROOT / "ggml_turbo" / "ggml-turbo.c", ROOT / "ggml_turbo" / "turbo-window.c"]
     program = instruction_sets.compile(build, tmp_path / "attention_simd", sources, *include)
 
     @settings(many, max_examples=40)

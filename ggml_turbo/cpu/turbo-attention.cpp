@@ -18,6 +18,7 @@
 
 #include "turbo-encoder.h"
 #include "turbo-simd.h"
+#include "turbo-window.h"
 
 #ifdef TURBO_LANES
 
@@ -282,7 +283,8 @@ struct partial { // of a row over a range of keys
 
 // One thread's memory; pointers into ggml's work buffer.
 struct scratch {
-    float *   query;       // [ROWS][head size of K], float32 or int8
+    float *   query;       // [ROWS][head size of K]
+    int8_t *  query_int8;  // [ROWS][head size of K], in units of
     float *   query_scale; // [ROWS][chunks of K]
     int32_t * query_sum;   // [ROWS][chunks of K]
     float *   keys;        // [head size of K][KEYS], float32 or int8
@@ -298,6 +300,7 @@ struct scratch {
 
     scratch(float * work, int64_t size_k, int64_t size_v) : memory(work) {
         query       = take(ROWS*size_k);
+        query_int8  = (int8_t *) take(ROWS*size_k/4);
         keys        = take(KEYS*size_k);
         rows        = take(KEYS*CHUNK);
         scores      = take(ROWS*KEYS);
@@ -320,8 +323,29 @@ struct scratch {
     }
 };
 
+// Some of the keys, with their values. One operator has up to three: those of the cache, and with a recent window those of
+// its ring and of the batch.
+struct part {
+    const ggml_tensor * k, * v;
+    const ggml_tensor * mask;   // null: every query sees every key
+    int64_t             column; // of the mask, of the first key
+
+    int64_t n_keys() const { return k->ne[1]; }
+
+    bool is_supported() const {
+        auto decodes = [](const ggml_tensor * t) {
+            return t->ne[0] % CHUNK == 0 && CHUNK % ggml_blck_size(t->type) == 0 && t->nb[0] == ggml_type_size(t->type) &&
+                   (t->type == GGML_TYPE_F32 || ggml_get_type_traits(t->type)->to_float);
+        };
+        return decodes(k) && decodes(v) && k->ne[2] == v->ne[2] && k->ne[3] == v->ne[3] && (!mask || mask->type == GGML_TYPE_F16);
+    }
+};
+
 struct attention {
-    const ggml_tensor * dst, * q, * k, * v, * mask, * sinks;
+    const ggml_tensor * dst, * q, * sinks;
+
+    part parts[3];
+    int  n_parts;
 
     float scale, max_bias, softcap;
 
@@ -334,11 +358,18 @@ struct attention {
     int64_t n_ranges, range_keys; // of keys
     int64_t n_streams, stream_group;
 
-    explicit attention(const ggml_tensor * op)
-        : dst(op), q(op->src[0]), k(op->src[1]), v(op->src[2]), mask(op->src[3]), sinks(op->src[4]) {
-        memcpy(&scale,    (const float *) op->op_params + 0, sizeof(float));
-        memcpy(&max_bias, (const float *) op->op_params + 1, sizeof(float));
-        memcpy(&softcap,  (const float *) op->op_params + 2, sizeof(float));
+    explicit attention(const ggml_tensor * op) : dst(op), q(op->src[0]), sinks(op->src[4]), n_parts(1) {
+        const float * factors = (const float *) op->op_params;
+        parts[0] = { op->src[1], op->src[2], op->src[3], 0 };
+        if (turbo_is_window_attention(op)) {
+            const ggml_tensor * mask = op->src[TURBO_WINDOW_MASK_W];
+            factors  = turbo_window_params(op);
+            parts[1] = { op->src[TURBO_WINDOW_RING_K], op->src[TURBO_WINDOW_RING_V], mask, 0 };
+            parts[2] = { op->src[TURBO_WINDOW_NEW_K],  op->src[TURBO_WINDOW_NEW_V],  mask, parts[1].n_keys() };
+            n_parts  = 3;
+        }
+        scale = factors[0], max_bias = factors[1], softcap = factors[2];
+        const ggml_tensor * k = parts[0].k, * v = parts[0].v;
         size_k = k->ne[0], size_v = v->ne[0];
         n_keys = k->ne[1], n_queries = q->ne[1];
         n_heads = q->ne[2], n_kv_heads = k->ne[2];
@@ -354,14 +385,11 @@ struct attention {
     }
 
     static bool supports(const ggml_tensor * op) {
-        const ggml_tensor * q = op->src[0], * k = op->src[1], * v = op->src[2], * mask = op->src[3];
-        auto decodes = [](const ggml_tensor * t) {
-            return t->ne[0] % CHUNK == 0 && CHUNK % ggml_blck_size(t->type) == 0 && t->nb[0] == ggml_type_size(t->type) &&
-                   (t->type == GGML_TYPE_F32 || ggml_get_type_traits(t->type)->to_float);
-        };
-        return (ggml_is_quantized(k->type) || ggml_is_quantized(v->type)) && decodes(k) && decodes(v) &&
-               q->type == GGML_TYPE_F32 && q->nb[0] == sizeof(float) && k->ne[1] > 0 &&
-               k->ne[2] == v->ne[2] && k->ne[3] == v->ne[3] && (!mask || mask->type == GGML_TYPE_F16);
+        const attention a(op);
+        const part & cache = a.parts[0];
+        return (ggml_is_quantized(cache.k->type) || ggml_is_quantized(cache.v->type)) &&
+               std::all_of(a.parts, a.parts + a.n_parts, [](const part & p) { return p.is_supported(); }) &&
+               a.q->type == GGML_TYPE_F32 && a.q->nb[0] == sizeof(float) && cache.n_keys() > 0;
     }
 
     size_t partial_floats() const {
@@ -376,9 +404,9 @@ struct attention {
     int64_t query_of(int64_t row) const { return row/group; }
     int64_t head_of(int64_t kv_head, int64_t row) const { return kv_head*group + row % group; }
 
-    const uint16_t * mask_of(int64_t stream, int64_t kv_head, int64_t row) const {
-        return (const uint16_t *) ((const char *) mask->data + query_of(row)*mask->nb[1]
-            + head_of(kv_head, row) % mask->ne[2]*mask->nb[2] + stream % mask->ne[3]*mask->nb[3]);
+    const uint16_t * mask_of(const part & p, int64_t stream, int64_t kv_head, int64_t row) const {
+        return (const uint16_t *) ((const char *) p.mask->data + query_of(row)*p.mask->nb[1]
+            + head_of(kv_head, row) % p.mask->ne[2]*p.mask->nb[2] + stream % p.mask->ne[3]*p.mask->nb[3]) + p.column;
     }
 
     float slope_of(int64_t head) const { // ALiBi (arXiv 2108.12409)
@@ -398,13 +426,16 @@ struct attention {
     // ---- the steps of a task ----
 
     void load_query(const scratch & s, int r, const float * x) const {
-        if (!turbo_bits(k->type)) {
+        const bool is_turbo = turbo_bits(parts[0].k->type);
+        if (!is_turbo || n_parts > 1) {
             memcpy(s.query + r*size_k, x, size_k*sizeof(float));
+        }
+        if (!is_turbo) {
             return;
         }
         const int64_t chunks = size_k/CHUNK;
         for (int64_t c = 0; c < chunks; ++c) {
-            int8_t * quantized = (int8_t *) s.query + r*size_k + c*CHUNK;
+            int8_t * quantized = s.query_int8 + r*size_k + c*CHUNK;
             turbo_f32 lanes = turbo_f32_set1(0.0f);
             for (int i = c*CHUNK; i < (c + 1)*CHUNK; i += TURBO_F32_LANES) {
                 const turbo_f32 v = turbo_f32_load(x + i);
@@ -422,10 +453,10 @@ struct attention {
         }
     }
 
-    bool all_masked(int64_t stream, int64_t kv_head, int64_t row0, int n, int64_t key, int keys) const {
+    bool all_masked(const part & p, int64_t stream, int64_t kv_head, int64_t row0, int n, int64_t key, int keys) const {
         const uint16_t * before = nullptr;
         for (int r = 0; r < n; ++r) {
-            const uint16_t * m = mask_of(stream, kv_head, row0 + r) + key;
+            const uint16_t * m = mask_of(p, stream, kv_head, row0 + r) + key;
             if (m == before) {
                 continue;
             }
@@ -441,7 +472,7 @@ struct attention {
         return true;
     }
 
-    void load_keys(const scratch & s, int64_t stream, int64_t kv_head, int64_t key0, int keys) const {
+    void load_keys(const scratch & s, const ggml_tensor * k, int64_t stream, int64_t kv_head, int64_t key0, int keys) const {
         for (int64_t c = 0; c < size_k/CHUNK; ++c) {
             const char * from = chunk(k, stream, kv_head, key0, c);
             by_bits(k->type, [&](auto bits) {
@@ -456,11 +487,11 @@ struct attention {
         }
     }
 
-    void score(const scratch & s, int n) const {
+    void score(const scratch & s, ggml_type type_k, int n) const {
         const int chunks = size_k/CHUNK;
         by_rows(n, [&](int r, auto count) {
-            if (turbo_bits(k->type)) {
-                score_int8<count>((const int32_t *) s.query + r*size_k/4, s.query_scale + r*chunks, s.query_sum + r*chunks,
+            if (turbo_bits(type_k)) {
+                score_int8<count>((const int32_t *) s.query_int8 + r*size_k/4, s.query_scale + r*chunks, s.query_sum + r*chunks,
                                   (const int32_t *) s.keys, s.key_scale, chunks, s.scores + r*KEYS);
             } else {
                 score_f32<count>(s.query + r*size_k, s.keys, size_k, s.scores + r*KEYS);
@@ -495,7 +526,7 @@ struct attention {
         row.total += turbo_f32_total(total);
     }
 
-    void add(const scratch & s, int64_t stream, int64_t kv_head, int64_t key0, int keys, int n) const {
+    void add(const scratch & s, const ggml_tensor * v, int64_t stream, int64_t kv_head, int64_t key0, int keys, int n) const {
         for (int64_t c = 0; c < size_v/CHUNK; ++c) {
             const char * from = chunk(v, stream, kv_head, key0, c);
             by_bits(v->type, [&](auto bits) {
@@ -557,26 +588,31 @@ struct attention {
         }
         std::fill_n(s.out, n*size_v, 0.0f);
 
-        const int64_t end = std::min(n_keys, (range + 1)*range_keys);
-        for (int64_t key0 = range*range_keys; key0 < end; key0 += KEYS) {
-            const int keys = (int) std::min<int64_t>(KEYS, end - key0);
-            if (mask && all_masked(stream, kv_head, row0, n, key0, keys)) {
-                continue;
-            }
-            load_keys(s, stream, kv_head, key0, keys);
-            score(s, n);
-            for (int r = 0; r < n; ++r) {
-                uint16_t padded[KEYS];
-                const uint16_t * row_mask = mask ? mask_of(stream, kv_head, row0 + r) + key0 : nullptr;
-                if (!row_mask || keys < KEYS) { // no mask is a mask of zeros; keys past the end are masked
-                    for (int key = 0; key < KEYS; ++key) {
-                        padded[key] = key >= keys ? HALF_MINUS_INFINITY : row_mask ? row_mask[key] : 0;
-                    }
-                    row_mask = padded;
+        auto attend = [&](const part & p, int64_t begin, int64_t end) {
+            for (int64_t key0 = begin; key0 < end; key0 += KEYS) {
+                const int keys = (int) std::min<int64_t>(KEYS, end - key0);
+                if (p.mask && all_masked(p, stream, kv_head, row0, n, key0, keys)) {
+                    continue;
                 }
-                softmax(s.scores + r*KEYS, row_mask, slopes[r], rows[r]);
+                load_keys(s, p.k, stream, kv_head, key0, keys);
+                score(s, p.k->type, n);
+                for (int r = 0; r < n; ++r) {
+                    uint16_t padded[KEYS];
+                    const uint16_t * row_mask = p.mask ? mask_of(p, stream, kv_head, row0 + r) + key0 : nullptr;
+                    if (!row_mask || keys < KEYS) { // no mask is a mask of zeros; keys past the end are masked
+                        for (int key = 0; key < KEYS; ++key) {
+                            padded[key] = key >= keys ? HALF_MINUS_INFINITY : row_mask ? row_mask[key] : 0;
+                        }
+                        row_mask = padded;
+                    }
+                    softmax(s.scores + r*KEYS, row_mask, slopes[r], rows[r]);
+                }
+                add(s, p.v, stream, kv_head, key0, keys, n);
             }
-            add(s, stream, kv_head, key0, keys, n);
+        };
+        attend(parts[0], range*range_keys, std::min(n_keys, (range + 1)*range_keys));
+        for (int i = 1; i < n_parts && range == 0; ++i) {
+            attend(parts[i], 0, parts[i].n_keys());
         }
 
         for (int r = 0; r < n; ++r) {
@@ -643,7 +679,7 @@ struct attention_traits : ggml::cpu::tensor_traits {
     }
 
     bool compute_forward(ggml_compute_params * params, ggml_tensor * op) override {
-        if (params->use_ref) { // the stock operator, which needs less memory than work_size says
+        if (params->use_ref) { // the stock operator or the reference, which need less memory than work_size says
             return false;
         }
         attention(op).run(params);

@@ -2,6 +2,7 @@
 
 #include "ggml-cpu.h"
 #include "turbo-simd.h"
+#include "turbo-window.h"
 
 #ifdef TURBO_LANES
 
@@ -14,6 +15,7 @@ struct turbo_buffer_type : ggml::cpu::extra_buffer_type {
 
     ggml::cpu::tensor_traits * get_tensor_traits(const ggml_tensor * op) override {
         switch (op->op) {
+            case GGML_OP_CUSTOM:         return turbo_is_window_attention(op) ? turbo_attention_claims(op) : nullptr;
             case GGML_OP_FLASH_ATTN_EXT: return turbo_attention_claims(op);
             case GGML_OP_MUL_MAT:        return turbo_hadamard_claims(op);
             case GGML_OP_SET_ROWS:       return turbo_set_rows_claims(op);

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from . import ggml
+
+
+@dataclass(frozen=True)
+class Window:
+    """Keys and values that are at hand in full precision beside those of a cache (turbo-window.h).
+
+    ring_k, ring_v: float16 (sequences, slots, KV heads, head size). new_k, new_v: float32 (sequences, tokens, KV heads,
+    head size). mask: float16 (1 or sequences, 1, queries, slots + tokens).
+    """
+
+    ring_k: NDArray[np.float16]
+    ring_v: NDArray[np.float16]
+    new_k: NDArray[np.float32]
+    new_v: NDArray[np.float32]
+    mask: NDArray[np.float16]
 
 
 @dataclass(frozen=True)
@@ -18,7 +34,8 @@ class Problem:
     KV heads, bytes of a head's row), of the ggml types type_k and type_v; size_v: head size of V. mask: float16
     (1 or sequences, 1 or query heads, queries, keys), added to the scores; None: every query sees every key. sinks:
     float32 (query heads,), scores of one more key without a value. max_bias: ALiBi's largest exponent of a slope
-    (arXiv 2108.12409), 0 for none. softcap: scores become softcap * tanh(score / softcap), 0 for none.
+    (arXiv 2108.12409), 0 for none. softcap: scores become softcap * tanh(score / softcap), 0 for none. window: needs a
+    mask; None: there is nothing but the cache.
     """
 
     q: NDArray[np.float32]
@@ -32,10 +49,11 @@ class Problem:
     sinks: NDArray[np.float32] | None = None
     max_bias: float = 0.0
     softcap: float = 0.0
+    window: Window | None = None
 
 
 class Attention(ggml.Graph):
-    """A graph of that one operator, ready to run. Raises ValueError for a type that ggml does not have."""
+    """A graph of that one operator, ready to run; with a window of the operator that knows of it. Raises ValueError for a type that ggml does not have."""
 
     def __init__(self, problem: Problem, threads: int = 1, *, reference: bool = False) -> None:
         super().__init__(threads, reference=reference)
@@ -43,19 +61,25 @@ class Attention(ggml.Graph):
         q = self.tensor(problem.q, "f32", size_k, queries, heads, sequences)
         k = self._cache(problem.k, problem.type_k, size_k)
         v = self._cache(problem.v, problem.type_v, problem.size_v)
-        mask = None
-        if problem.mask is not None:
-            mask = self.tensor(problem.mask.astype(np.float16), "f16", *problem.mask.shape[::-1])
-        self._out = self.operator(
-            "ggml_flash_attn_ext", q, k, v, mask, problem.scale, problem.max_bias, problem.softcap
-        )
-        if problem.sinks is not None:
-            sinks = self.tensor(problem.sinks, "f32", heads, 1, 1, 1)
-            ggml.function("ggml_flash_attn_ext_add_sinks")(self._out, sinks)
+        mask = None if problem.mask is None else self._mask(problem.mask)
+        sinks = None if problem.sinks is None else self.tensor(problem.sinks, "f32", heads, 1, 1, 1)
+        factors = problem.scale, problem.max_bias, problem.softcap
+        if window := problem.window:
+            parts = [(window.ring_k, "f16"), (window.ring_v, "f16"), (window.new_k, "f32"), (window.new_v, "f32")]
+            more = [self._cache(rows, type, rows.shape[-1]) for rows, type in parts]
+            sources = (ctypes.c_void_p * 10)(q, k, v, mask, sinks, *more, self._mask(window.mask))
+            self._out = self.operator("turbo_window_attention", sources, *factors)
+        else:
+            self._out = self.operator("ggml_flash_attn_ext", q, k, v, mask, *factors)
+            if sinks:
+                ggml.function("ggml_flash_attn_ext_add_sinks")(self._out, sinks)
         self._shape = (sequences, queries, heads, problem.size_v)
         self.finish(self._out)
 
-    def _cache(self, rows: NDArray[np.uint8], type: str, head_size: int) -> int:
+    def _mask(self, mask: NDArray[np.float16]) -> int:
+        return self.tensor(mask.astype(np.float16), "f16", *mask.shape[::-1])
+
+    def _cache(self, rows: NDArray, type: str, head_size: int) -> int:
         sequences, keys, heads, _ = rows.shape
         # heads of a token side by side in memory; the operator wants the keys of a head as its rows
         return self.operator("ggml_permute", self.tensor(rows, type, head_size, heads, keys, sequences), 0, 2, 1, 3)

@@ -150,6 +150,7 @@ _PROTOTYPES: dict[str, dict[str, tuple]] = {
         "gguf_set_arr_data": (None, c_void_p, c_char_p, c_int, c_void_p, c_size_t),
         "gguf_write_to_file": (c_bool, c_void_p, c_char_p, c_bool),
         "turbo_get_codec": (POINTER(TurboCodec), c_int),
+        "turbo_window_attention": (c_void_p, c_void_p, POINTER(c_void_p), c_float, c_float, c_float),
     },
     "ggml": {
         "ggml_backend_dev_count": (c_size_t,),

@@ -1,0 +1,103 @@
+#pragma once
+
+// The recent window of a KV cache: beside a quantized cache, which always holds every token, the keys and values of a few
+// tokens at full precision (docs/recent-window.md). A query at position p sees in full precision the tokens at positions
+// p - n_recent + 1 to p and the first n_sinks of its sequence, and all others quantized, whatever the batches were.
+//
+// A ring in f16 holds the tokens before a batch, and the batch's own are at hand anyway. The ring is never the only copy:
+// whatever makes an entry doubtful only forgets it, and the quantized one is read instead.
+
+#include "llama.h"
+
+#include "ggml-backend.h"
+#include "ggml-cpp.h"
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <vector>
+
+class  llama_kv_cells;
+struct llama_ubatch;
+
+class llama_turbo_window {
+public:
+    // What the window is to be: LLAMA_ARG_CACHE_WINDOW and LLAMA_ARG_CACHE_SINKS, which --cache-window and --cache-sinks
+    // set. By default 32 and 4 with a turbo type, and no window with any other.
+    struct size {
+        uint32_t recent, sinks;
+
+        static size wanted(ggml_type type_k, ggml_type type_v);
+    };
+
+    // A layer's cache: keys and values [channels, cells, streams].
+    struct cache {
+        ggml_tensor * k, * v;
+    };
+
+    // Null if there is to be no window; the log says why if one was to be expected. caches: of all layers, by the index
+    // that the cache has for them. n_seq: sequences of one stream.
+    static std::shared_ptr<llama_turbo_window> make(
+        const std::vector<cache> & caches, ggml_type type_k, ggml_type type_v, bool v_trans, uint32_t n_stream, uint32_t n_seq,
+        bool no_alloc);
+
+    // The memory of the ring, which the cache keeps with its own.
+    ggml_context_ptr        ctx;
+    ggml_backend_buffer_ptr buf;
+
+    // ---- graphs ----
+
+    uint32_t slots() const { return n_slots; } // of a stream
+
+    // A layer's ring as attention takes it: [head size, slots, KV heads, streams], for n streams from the first one on.
+    ggml_tensor * ring_k(ggml_context * ctx, uint32_t layer, int64_t head_size, uint32_t first, uint32_t n) const;
+    ggml_tensor * ring_v(ggml_context * ctx, uint32_t layer, int64_t head_size, uint32_t first, uint32_t n) const;
+
+    // Nodes that keep what should be kept of a batch's k and v, [head size, KV heads, tokens]; rows: as set_inputs says.
+    ggml_tensor * store_k(ggml_context * ctx, uint32_t layer, ggml_tensor * k, ggml_tensor * rows) const;
+    ggml_tensor * store_v(ggml_context * ctx, uint32_t layer, ggml_tensor * v, ggml_tensor * rows) const;
+
+    // ---- what is in the ring ----
+
+    // A token of the cache: its stream and cell.
+    struct place {
+        uint32_t stream, cell;
+    };
+
+    // These cells are being written.
+    void written(const std::vector<place> & places);
+
+    // All of a stream may have changed.
+    void forget(uint32_t stream);
+
+    // Inputs of a graph. places: of the batch's tokens, those of a stream together. mask: F16 [keys, queries, 1, streams]
+    // of the cache, in which what the window covers becomes -inf; window_mask: F16 [slots + queries, queries, 1, streams];
+    // rows: I64 [tokens], of the ring.
+    void set_inputs(
+        const std::vector<place> & places, const llama_ubatch & ubatch, const std::vector<llama_kv_cells> & cells,
+        ggml_tensor * mask, ggml_tensor * window_mask, ggml_tensor * rows);
+
+private:
+    struct entry {
+        uint32_t  cell;
+        uint32_t  version; // of the cell when it was stored
+        llama_pos pos;     // -1: nothing is there
+    };
+
+    struct ring {
+        ggml_tensor * k, * v; // F16 [channels, slots, streams]
+    };
+
+    size     sizes;
+    uint32_t n_slots; // the last one takes what is not kept
+    bool     poison;  // for tests: what was forgotten becomes conspicuous
+
+    std::vector<ring>                  rings;    // by layer
+    std::vector<std::vector<entry>>    entries;  // by stream and slot
+    std::vector<std::vector<uint32_t>> versions; // by stream and cell: how often it was written
+
+    bool sees(llama_pos query, llama_pos key) const;
+    bool is_valid(const entry & e, uint32_t stream, const llama_kv_cells & cells) const;
+    uint32_t slot_of(llama_pos pos, uint32_t seq) const;
+    void spoil(uint32_t stream, uint32_t slot) const;
+};

@@ -1,0 +1,43 @@
+#pragma once
+
+// Attention over a quantized cache of which some keys and values are at hand in full precision, too: those of the first
+// tokens and of the last ones before a batch, in a ring, and those of the batch itself (docs/recent-window.md).
+//
+// One softmax goes over three parts, each with keys, values and a mask. A key that a query sees in the ring or in the batch
+// is masked in the cache for that query, so that it counts once.
+
+#include "ggml.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// The sources of the node. All of F32, F16 or a quantized type, as GGML_OP_FLASH_ATTN_EXT has them: keys and values
+// [head size, tokens, KV heads, streams], queries [head size of K, queries, heads, streams].
+enum turbo_window_source {
+    TURBO_WINDOW_Q,
+    TURBO_WINDOW_K,
+    TURBO_WINDOW_V,
+    TURBO_WINDOW_MASK,   // F16 [keys of the cache, queries, 1, streams]
+    TURBO_WINDOW_SINKS,  // F32 [heads], or NULL
+    TURBO_WINDOW_RING_K,
+    TURBO_WINDOW_RING_V,
+    TURBO_WINDOW_NEW_K,
+    TURBO_WINDOW_NEW_V,
+    TURBO_WINDOW_MASK_W, // F16 [keys of the ring, then of the batch; queries, 1, streams]
+    TURBO_WINDOW_SOURCES,
+};
+
+// The node: F32 [head size of V, heads, queries, streams]. A custom operator, which back ends that do not know it refuse;
+// wherever no kernel claims it, the CPU back end computes it by the reference below.
+GGML_API struct ggml_tensor * turbo_window_attention(
+    struct ggml_context * ctx, struct ggml_tensor * const sources[TURBO_WINDOW_SOURCES], float scale, float max_bias, float softcap);
+
+GGML_API bool turbo_is_window_attention(const struct ggml_tensor * op);
+
+// scale, max_bias and softcap of a node, as in GGML_OP_FLASH_ATTN_EXT.
+GGML_API const float * turbo_window_params(const struct ggml_tensor * op);
+
+#ifdef __cplusplus
+}
+#endif
