@@ -235,15 +235,19 @@ class ModelMemory:
         """What `measure` says, from measurements that serve all types.
 
         Cache types differ in the size of the cache alone. Buffers depend on whether keys, or values, are quantized,
-        since those are rotated; and on which type they have if they are not.
+        since those are rotated; and on which type they have if they are not. So does the recent window, and on whether
+        they are turbo types; its size is what a measured cache has beyond its contents.
         """
-        like = self.measure(CacheTypes(self._stand_in("k", types.k), self._stand_in("v", types.v)), context)
-        return Size(like.weights, self._contents_of(context).size(types), like.compute)
+        like = CacheTypes(self._stand_in("k", types.k), self._stand_in("v", types.v))
+        measured, contents = self.measure(like, context), self._contents_of(context)
+        window = measured.cache - contents.size(like)
+        return Size(measured.weights, contents.size(types) + window, measured.compute)
 
     def _stand_in(self, side: str, type: str) -> str:
-        """The type that stands for `type` where only its being quantized matters: the first that was asked for."""
+        """The type that stands for `type` where only its kind matters: the first of it that was asked for."""
         quantized = ggml.function("ggml_is_quantized")(ggml.type_number(type))
-        return self._quantized.setdefault(side, type) if quantized else type
+        kind = f"{side} {'turbo' if type.startswith('turbo') else 'stock'}"
+        return self._quantized.setdefault(kind, type) if quantized else type
 
     def _contents_of(self, context: int) -> _Contents:
         if context not in self._contents:

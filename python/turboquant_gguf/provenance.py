@@ -17,7 +17,12 @@ _SAMPLES = 64
 _SAMPLE_BYTES = 1 << 16
 
 # What changes results without being an option.
-_VARIABLES = ("LLAMA_TURBO_CALIBRATION", "LLAMA_ATTN_ROT_DISABLE")
+_VARIABLES = (
+    "LLAMA_TURBO_CALIBRATION",
+    "LLAMA_ATTN_ROT_DISABLE",
+    "LLAMA_ARG_CACHE_WINDOW",
+    "LLAMA_ARG_CACHE_SINKS",
+)
 
 
 def model(path: Path) -> dict:
