@@ -4,7 +4,9 @@
 
 #include "cpu/turbo-ops.h"
 #include "ggml-turbo.h"
+#include "turbo-window.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -57,6 +59,12 @@ int64_t ggml_blck_size  (ggml_type type) { return ggml_get_type_traits(type)->bl
 size_t  ggml_type_size  (ggml_type type) { return ggml_get_type_traits(type)->type_size; }
 bool    ggml_is_quantized(ggml_type type) { return ggml_get_type_traits(type)->is_quantized; }
 
+float ggml_fp16_to_fp32(ggml_fp16_t x) { return half_to_float(x); }
+
+// of the one tensor that is made, that of the results
+static ggml_tensor * made;
+ggml_tensor * ggml_new_tensor_4d(ggml_context *, ggml_type, int64_t, int64_t, int64_t, int64_t) { return made; }
+
 // one thread
 static int next_chunk;
 void ggml_barrier(ggml_threadpool *) {}
@@ -86,7 +94,7 @@ struct tensor : ggml_tensor {
     }
 
     void fill() {
-        if (!read(data, memory.size())) {
+        if (!memory.empty() && !read(data, memory.size())) {
             abort();
         }
     }
@@ -95,6 +103,7 @@ struct tensor : ggml_tensor {
 int main() {
     struct {
         int32_t sequences, heads, queries, size_k, keys, kv_heads, size_v, type_k, type_v, mask_heads, mask_sequences, sinks;
+        int32_t slots, tokens; // of a recent window; 0: there is none
         float scale, max_bias, softcap;
     } p;
     const int plain[4] = { 0, 1, 2, 3 }, cache[4] = { 0, 2, 1, 3 };
@@ -104,6 +113,11 @@ int main() {
         tensor v    ((ggml_type) p.type_v, { p.size_v, p.kv_heads, p.keys, p.sequences }, cache);
         tensor mask (GGML_TYPE_F16, { p.keys, p.queries, p.mask_heads, p.mask_sequences }, plain);
         tensor sinks(GGML_TYPE_F32, { p.heads, 1, 1, 1 }, plain);
+        tensor ring_k(GGML_TYPE_F16, { p.size_k, p.kv_heads, p.slots,  p.sequences }, cache);
+        tensor ring_v(GGML_TYPE_F16, { p.size_v, p.kv_heads, p.slots,  p.sequences }, cache);
+        tensor new_k (GGML_TYPE_F32, { p.size_k, p.kv_heads, p.tokens, p.sequences }, cache);
+        tensor new_v (GGML_TYPE_F32, { p.size_v, p.kv_heads, p.tokens, p.sequences }, cache);
+        tensor mask_w(GGML_TYPE_F16, { p.slots + p.tokens, p.queries, 1, p.sequences }, plain);
         tensor out  (GGML_TYPE_F32, { p.size_v, p.heads, p.queries, p.sequences }, plain);
         q.fill();
         k.fill();
@@ -112,15 +126,22 @@ int main() {
         if (p.sinks) {
             sinks.fill();
         }
-        out.op     = GGML_OP_FLASH_ATTN_EXT;
-        out.src[0] = &q;
-        out.src[1] = &k;
-        out.src[2] = &v;
-        out.src[3] = p.mask_heads ? &mask : nullptr;
-        out.src[4] = p.sinks ? &sinks : nullptr;
-        memcpy((float *) out.op_params + 0, &p.scale,    sizeof(float));
-        memcpy((float *) out.op_params + 1, &p.max_bias, sizeof(float));
-        memcpy((float *) out.op_params + 2, &p.softcap,  sizeof(float));
+        for (tensor * t : { &ring_k, &ring_v, &new_k, &new_v, &mask_w }) {
+            t->fill();
+        }
+        ggml_tensor * sources[TURBO_WINDOW_SOURCES] = {
+            &q, &k, &v, p.mask_heads ? &mask : nullptr, p.sinks ? &sinks : nullptr, &ring_k, &ring_v, &new_k, &new_v, &mask_w,
+        };
+        if (p.slots) {
+            made = &out;
+            turbo_window_attention(nullptr, sources, p.scale, p.max_bias, p.softcap);
+        } else {
+            out.op = GGML_OP_FLASH_ATTN_EXT;
+            std::copy_n(sources, TURBO_WINDOW_SINKS + 1, out.src);
+            memcpy((float *) out.op_params + 0, &p.scale,    sizeof(float));
+            memcpy((float *) out.op_params + 1, &p.max_bias, sizeof(float));
+            memcpy((float *) out.op_params + 2, &p.softcap,  sizeof(float));
+        }
 
         ggml::cpu::tensor_traits * kernel = turbo_attention_claims(&out);
         size_t size = 0;

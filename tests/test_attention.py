@@ -129,7 +129,7 @@ def expected(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
 
 
 def check(problem: Problem, result: np.ndarray) -> None:
-    exact, tolerance = expected(problem)
+    exact, tolerance = expected_with_window(problem) if problem.window else expected(problem)
     error = np.abs(result - exact)
     worst = np.unravel_index(np.argmax(error - tolerance), error.shape)
     assert np.all(error <= tolerance), f"{error[worst]} at {worst}, {tolerance[worst]} allowed"
@@ -166,8 +166,8 @@ def test_threads_do_not_change_a_bit(problem: Problem, threads: int):
 
 
 @st.composite
-def problems_with_window(draw) -> Problem:
-    problem = draw(problems(stock=("f16", "q8_0")))
+def problems_with_window(draw, stock: tuple[str, ...] = ("f16", "q8_0")) -> Problem:
+    problem = draw(problems(stock))
     sequences, _, queries, size_k = problem.q.shape
     keys, kv_heads = problem.k.shape[1:3]
     rng = np.random.default_rng(draw(st.integers(0, 1 << 32)))
@@ -203,13 +203,17 @@ def without_window(problem: Problem) -> Problem:
     )
 
 
-@many
-@given(problems_with_window(), st.integers(1, 5))
-def test_kernel_with_a_recent_window(problem: Problem, threads: int):
+def expected_with_window(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
     exact, tolerance = expected(without_window(problem))
     if problem.type_v in TURBO:  # weights of 16 bits: half a step of the largest among 64 keys, for each of them
         tolerance = tolerance + 1.1e-3 * np.abs(attention_numpy.decode(problem.v, problem.type_v)).max()
-    assert np.all(np.abs(result_of(problem, threads) - exact) <= tolerance)
+    return exact, tolerance
+
+
+@many
+@given(problems_with_window(), st.integers(1, 5))
+def test_kernel_with_a_recent_window(problem: Problem, threads: int):
+    check(problem, result_of(problem, threads))
 
 
 @settings(many, max_examples=40)
@@ -235,17 +239,21 @@ def grafted(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def as_input(problem: Problem) -> bytes:
     """What attention_simd.cpp reads."""
+    window = problem.window
     mask = np.zeros((0, 0, *problem.q.shape[2:3], problem.k.shape[1]), np.float16) if problem.mask is None else problem.mask
     sequences, heads, queries, size_k = problem.q.shape
     keys, kv_heads = problem.k.shape[1:3]
     numbers = struct.pack(
-        "12i3f",
+        "14i3f",
         *(sequences, heads, queries, size_k, keys, kv_heads, problem.size_v),
         *(ggml.type_number(problem.type_k), ggml.type_number(problem.type_v)),
         *(mask.shape[1], mask.shape[0], problem.sinks is not None),
+        *((window.ring_k.shape[1], window.new_k.shape[1]) if window else (0, 0)),
         *(problem.scale, problem.max_bias, problem.softcap),
     )
     arrays = [problem.q, problem.k, problem.v, mask, *([] if problem.sinks is None else [problem.sinks])]
+    if window:
+        arrays += [window.ring_k, window.ring_v, window.new_k, window.new_v, window.mask]
     return numbers + b"".join(np.ascontiguousarray(array).tobytes() for array in arrays)
 
 
@@ -257,7 +265,7 @@ def test_kernel_alone(build: str, grafted: Path, tmp_path: Path):
     program = instruction_sets.compile(build, tmp_path / "attention_simd", sources, *include)
 
     @settings(many, max_examples=40)
-    @given(problems(stock=("f16",)))
+    @given(problems(stock=("f16",)) | problems_with_window(stock=("f16",)))
     def holds(problem: Problem) -> None:
         done = subprocess.run(program, input=as_input(problem), capture_output=True, check=True)
         result = np.frombuffer(done.stdout, np.float32)
