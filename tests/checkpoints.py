@@ -8,8 +8,12 @@ from pathlib import Path
 import sentencepiece
 import torch
 import transformers
+from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+from turboquant_gguf import converter
+from turboquant_gguf.convert import convert
 
 VOCABULARY = 288
 LAYERS, HEADS, KV_HEADS, HEAD_SIZE = 2, 4, 2, 32
@@ -140,10 +144,15 @@ _AFTER_GELU = ("mlp.down_proj", "mlp.c_proj", "dense_4h_to_h", "mlp.fc2")
 _GELU = ("bloom", "falcon", "gemma", "gpt2", "gptneox", "phi2", "starcoder2")
 
 
-def write(folder: Path, name: str, *, dtype: torch.dtype = torch.float32, **save: object) -> Path:
-    """Write the checkpoint called `name` above, with a tokenizer of bytes. save: arguments of save_pretrained."""
+def write(
+    folder: Path, name: str, *, dtype: torch.dtype = torch.float32, changes: dict | None = None, **save: object
+) -> Path:
+    """Write the checkpoint called `name` above, with a tokenizer of bytes.
+
+    changes: of its arguments. save: arguments of save_pretrained.
+    """
     _, config_class, arguments = (ROTATABLE | NOT_ROTATABLE)[name]
-    config = getattr(transformers, config_class)(**arguments)
+    config = getattr(transformers, config_class)(**arguments | (changes or {}))
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     randomize(model, after_gelu=0.1 if name.startswith(_GELU) else 1.0)
@@ -153,6 +162,13 @@ def write(folder: Path, name: str, *, dtype: torch.dtype = torch.float32, **save
     else:
         byte_tokenizer().save_pretrained(folder)
     return folder
+
+
+def gguf(folder: Path, name: str, *, rotate: str = "none", **changes: object) -> Path:
+    """The same as a GGUF in float32."""
+    checkpoint, path = write(folder / name, name, changes=changes), folder / f"{name}.gguf"
+    with any_pre_tokenizer():
+        return convert(checkpoint, path, outtype="f32", rotate=rotate, console=Console(quiet=True)).path
 
 
 @torch.no_grad()
@@ -208,8 +224,6 @@ def write_sentencepiece(folder: Path) -> None:
 @contextlib.contextmanager
 def any_pre_tokenizer():
     """llama.cpp's converter recognizes byte-level tokenizers by a hash; here it takes ours."""
-    from turboquant_gguf import converter
-
     text_model = converter.load()[0].TextModel
     original = text_model.get_vocab_base_pre
     text_model.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"

@@ -87,9 +87,7 @@ def tiny(tmp_path_factory) -> Path:
     """A random model with heads of 64 values, which computes fast."""
     import checkpoints  # brings transformers and torch
 
-    folder = checkpoints.write(tmp_path_factory.mktemp("tiny") / "stablelm", "stablelm, head size 64")
-    with checkpoints.any_pre_tokenizer():
-        return convert(folder, folder.parent / "tiny.gguf", outtype="f32", console=Console(quiet=True)).path
+    return checkpoints.gguf(tmp_path_factory.mktemp("tiny"), "stablelm, head size 64", rotate="values")
 
 
 @pytest.fixture(scope="session")

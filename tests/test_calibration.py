@@ -17,7 +17,8 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 import checkpoints
-from turboquant_gguf import cli, ggml
+from sequences import Sequences
+from turboquant_gguf import cli
 from turboquant_gguf.cachetypes import CacheTypes
 from turboquant_gguf.calibration import KEY, Calibration, Layer, Moments, calibrate
 from turboquant_gguf.convert import convert
@@ -34,19 +35,16 @@ def quietly(model: Path, output: Path | None = None, **options) -> Calibration:
     return calibrate(model, output, console=Console(quiet=True), **options)
 
 
+@pytest.fixture(autouse=True)
+def no_recent_window(monkeypatch):
+    """What it covers is not quantized."""
+    monkeypatch.setenv("LLAMA_ARG_CACHE_WINDOW", "0")
+
+
 @pytest.fixture
 def environment(monkeypatch):
     """Sets an environment variable for llama.cpp; undone after the test."""
     return monkeypatch.setenv
-
-
-def tiny(tmp_path: Path, name: str) -> Path:
-    """A random model of some architecture."""
-    folder = checkpoints.write(tmp_path / name, name)
-    with checkpoints.any_pre_tokenizer():
-        return convert(
-            folder, tmp_path / f"{name}.gguf", outtype="f32", rotate="none", console=Console(quiet=True)
-        ).path
 
 
 def random_calibration(model: Path, output: Path, **changes) -> Path:
@@ -144,7 +142,7 @@ def test_channels_without_spread_or_queries_are_left_alone():
 )
 def test_exact_where_nothing_is_quantized(name, tmp_path, environment):
     """Any centre and any scale give the same logits: sliding windows, partial RoPE, hybrids, one KV head."""
-    model = tiny(tmp_path, name)
+    model = checkpoints.gguf(tmp_path, name)
     other = random_calibration(model, tmp_path / "calibrated.gguf")
     prompt = [token % checkpoints.VOCABULARY for token in PROMPT[:40]]
     plain = run_gguf(model, prompt, EXACT)
@@ -166,7 +164,7 @@ def test_turned_off_it_is_the_old_model(smollm2, calibrated, environment):
 
 @pytest.mark.parametrize("name, center", [("gpt-oss", False), ("gemma2", False), ("llama", True)])
 def test_no_centre_where_it_would_change_the_model(name, center, tmp_path):
-    model = tiny(tmp_path, name)
+    model = checkpoints.gguf(tmp_path, name)
     text = tmp_path / "text.txt"
     text.write_text("the cat sat on the mat and the dog ate the food. " * 40)
     done = quietly(model, tmp_path / "out.gguf", text=text)
@@ -283,45 +281,10 @@ def test_moved_keys(smollm2, calibrated, types, move):
 def test_moved_keys_of_other_architectures(name, move, tmp_path):
     """Partial RoPE, and heads without rotation, both of which upstream takes wrong; sliding windows."""
     types = CacheTypes("q8_0", "f16")
-    model = tiny(tmp_path, name)
+    model = checkpoints.gguf(tmp_path, name)
     prompt = [token % checkpoints.VOCABULARY for token in PROMPT[:80]]
     for path in (model, random_calibration(model, tmp_path / "calibrated.gguf")):
         require_no_worse_when_moved(path, model, types, prompt, move)
-
-
-class Sequences:
-    """A context of several sequences, read token by token or together. A context manager."""
-
-    def __init__(self, path: Path, types: CacheTypes, *, unified: bool) -> None:
-        from llama_cpp import llama_cpp as llama
-
-        self.llama = llama
-        self.model = llama.llama_model_load_from_file(str(path).encode(), llama.llama_model_default_params())
-        params = llama.llama_context_default_params()
-        params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = 1024, 512, 512, 2
-        params.type_k, params.type_v = ggml.type_number(types.k), ggml.type_number(types.v)
-        params.flash_attn_type, params.kv_unified = llama.LLAMA_FLASH_ATTN_TYPE_ENABLED, unified
-        self.context = llama.llama_init_from_model(self.model, params)
-        self.memory = llama.llama_get_memory(self.context)
-
-    def __enter__(self) -> "Sequences":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.llama.llama_free(self.context)
-        self.llama.llama_model_free(self.model)
-
-    def read(self, *entries: tuple[int, int, int]) -> np.ndarray:
-        """The logits after each (token, position, sequence), in one batch: float32 (entries, vocabulary)."""
-        batch = self.llama.llama_batch_init(len(entries), 0, 1)
-        batch.n_tokens = len(entries)
-        for i, (token, position, sequence) in enumerate(entries):
-            batch.token[i], batch.pos[i], batch.logits[i] = token, position, 1
-            batch.n_seq_id[i], batch.seq_id[i][0] = 1, sequence
-        assert self.llama.llama_decode(self.context, batch) == 0
-        self.llama.llama_batch_free(batch)
-        size = self.llama.llama_vocab_n_tokens(self.llama.llama_model_get_vocab(self.model))
-        return np.ctypeslib.as_array(self.llama.llama_get_logits(self.context), (len(entries), size)).copy()
 
 
 @pytest.mark.parametrize("unified", [True, False])
@@ -331,17 +294,17 @@ def test_sequences_that_share_a_beginning(calibrated, unified):
     beginning = [(token, position, 0) for position, token in enumerate(PROMPT[:100])]
     with Sequences(calibrated, types, unified=unified) as both:
         both.read(*beginning)
-        both.llama.llama_memory_seq_cp(both.memory, 0, 1, -1, -1)
+        both.copy(0, 1)
         together = both.read((7, 100, 0), (8, 100, 1))
-        assert both.llama.llama_memory_seq_rm(both.memory, 1, 90, -1)
+        both.remove(1, 90, -1)
         after = both.read((9, 90, 1), (9, 101, 0))
     with Sequences(calibrated, types, unified=unified) as alone:
         alone.read(*beginning)
         first = alone.read((7, 100, 0))
         then = alone.read((9, 101, 0))
-        assert alone.llama.llama_memory_seq_rm(alone.memory, 0, 100, -1)
+        alone.remove(0, 100, -1)
         second = alone.read((8, 100, 0))
-        assert alone.llama.llama_memory_seq_rm(alone.memory, 0, 90, -1)
+        alone.remove(0, 90, -1)
         shorter = alone.read((9, 90, 0))
     for found, expected in zip((*together, *after), (*first, *second, *shorter, *then), strict=True):
         # the same keys and values; a batch of two multiplies in another order than one of one
@@ -458,7 +421,7 @@ def test_interruption_leaves_nothing(smollm2, tmp_path, number):
     ],
 )
 def test_damaged_calibration_is_refused(tmp_path, changes, because):
-    model = tiny(tmp_path, "llama")
+    model = checkpoints.gguf(tmp_path, "llama")
     damaged = random_calibration(model, tmp_path / "damaged.gguf", **changes)
     with pytest.raises(TurboquantError) as error:
         Model(damaged)
@@ -468,7 +431,7 @@ def test_damaged_calibration_is_refused(tmp_path, changes, because):
 
 def test_centre_is_refused_where_it_would_change_the_model(tmp_path):
     for name in ("gpt-oss", "gemma2"):
-        centred = random_calibration(tiny(tmp_path, name), tmp_path / f"{name}-centred.gguf")
+        centred = random_calibration(checkpoints.gguf(tmp_path, name), tmp_path / f"{name}-centred.gguf")
         with pytest.raises(TurboquantError) as error:
             Model(centred)
         assert "attention sinks or a cap" in error.value.details

@@ -17,7 +17,6 @@ from rich.console import Console
 import checkpoints
 from turboquant_gguf import cli, native, provenance, quality, texts
 from turboquant_gguf.cachetypes import CacheTypes
-from turboquant_gguf.convert import convert
 from turboquant_gguf.errors import TurboquantError
 from turboquant_gguf.logits import Model
 from turboquant_gguf.store import Store
@@ -251,9 +250,7 @@ def test_other_files_are_no_store(tmp_path):
 
 
 def test_types_that_do_not_fit_the_model_are_listed(tmp_path, random_text):
-    folder = checkpoints.write(tmp_path / "narrow", "llama, head size 80")
-    with checkpoints.any_pre_tokenizer():
-        model = convert(folder, tmp_path / "narrow.gguf", outtype="f32", console=Console(quiet=True)).path
+    model = checkpoints.gguf(tmp_path, "llama, head size 80")
     done = CliRunner().invoke(
         cli.cli,
         ["ppl", str(model), "--text", str(random_text), "--context", "32", "--types", "f16,turbo4,f32", "--json"]

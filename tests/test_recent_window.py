@@ -1,152 +1,101 @@
 """The recent window: what it covers is exact, and whatever moves in the cache, nothing stale is ever read."""
 
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from rich.console import Console
 
 import checkpoints
-from turboquant_gguf import ggml
+from sequences import Sequences
+from turboquant_gguf import native
 from turboquant_gguf.cachetypes import CacheTypes
-from turboquant_gguf.convert import convert
-from turboquant_gguf.logits import Model
-from turboquant_gguf.verify import compare
+from turboquant_gguf.verify import EXACT, compare
 
 F16, TURBO3, Q4_0 = map(CacheTypes.parse, ("f16", "turbo3", "q4_0"))
 PROMPT = list(range(1000, 1120))
 
 
-class Cache:
-    """A context of several sequences. A context manager. window, sinks: tokens; None: the default of the types."""
-
-    def __init__(
-        self,
-        path: Path,
-        types: CacheTypes,
-        *,
-        window: int | None = 0,
-        sinks: int = 4,
-        unified: bool = True,
-        sequences: int = 8,
-    ) -> None:
-        self._model = Model(path)
-        self.llama = llama = self._model.bindings
-        params = llama.llama_context_default_params()
-        params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = 256 * sequences, 128, 128, sequences
-        params.n_threads = params.n_threads_batch = 2
-        params.type_k, params.type_v = ggml.type_number(types.k), ggml.type_number(types.v)
-        params.flash_attn_type, params.kv_unified = llama.LLAMA_FLASH_ATTN_TYPE_ENABLED, unified
-        with pytest.MonkeyPatch.context() as environment:
-            for name, value in (("WINDOW", window), ("SINKS", sinks)):
-                if value is not None:
-                    environment.setenv(f"LLAMA_ARG_CACHE_{name}", str(value))
-            environment.setenv("LLAMA_TURBO_WINDOW_POISON", "1")
-            self.context = llama.llama_init_from_model(self._model.handle, params)
-        assert self.context, self.log
-        self.memory = llama.llama_get_memory(self.context)
-
-    def __enter__(self) -> "Cache":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.llama.llama_free(self.context)
-        self._model.__exit__()
-
-    @property
-    def log(self) -> str:
-        return "".join(self._model.log)
-
-    def read(self, *entries: tuple[int, int, int]) -> np.ndarray:
-        """The logits after each (token, position, sequence), in one batch: float32 (entries, vocabulary)."""
-        batch = self.llama.llama_batch_init(len(entries), 0, 1)
-        batch.n_tokens = len(entries)
-        for i, (token, position, sequence) in enumerate(entries):
-            batch.token[i], batch.pos[i], batch.logits[i] = token, position, 1
-            batch.n_seq_id[i], batch.seq_id[i][0] = 1, sequence
-        assert self.llama.llama_decode(self.context, batch) == 0
-        self.llama.llama_batch_free(batch)
-        logits = self.llama.llama_get_logits(self.context)
-        return np.ctypeslib.as_array(logits, (len(entries), self._model.vocabulary_size)).copy()
-
-    def prompt(self, tokens: list[int], sequence: int = 0, first: int = 0) -> np.ndarray:
-        return self.read(*((token, first + i, sequence) for i, token in enumerate(tokens)))
-
-    def answer(self, tokens: list[int], first: int, sequence: int = 0) -> np.ndarray:
-        """Token by token."""
-        return np.concatenate([self.read((token, first + i, sequence)) for i, token in enumerate(tokens)])
-
-    def remove(self, sequence: int, begin: int, end: int) -> None:
-        assert self.llama.llama_memory_seq_rm(self.memory, sequence, begin, end)
-
-    def add(self, sequence: int, begin: int, end: int, delta: int) -> None:
-        self.llama.llama_memory_seq_add(self.memory, sequence, begin, end, delta)
-
-    def copy(self, source: int, destination: int) -> None:
-        self.llama.llama_memory_seq_cp(self.memory, source, destination, -1, -1)
-
-    def saved(self, sequence: int) -> bytes:
-        import ctypes
-
-        size = self.llama.llama_state_seq_get_size(self.context, sequence)
-        data = (ctypes.c_uint8 * size)()
-        assert self.llama.llama_state_seq_get_data(self.context, data, size, sequence) == size
-        return bytes(data)
-
-    def restore(self, state: bytes, sequence: int) -> None:
-        import ctypes
-
-        data = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
-        assert self.llama.llama_state_seq_set_data(self.context, data, len(state), sequence)
-
-
-def tiny(folder: Path, name: str) -> Path:
-    checkpoint = checkpoints.write(folder / name, name)
-    with checkpoints.any_pre_tokenizer():
-        return convert(
-            checkpoint, folder / f"{name}.gguf", outtype="f32", rotate="none", console=Console(quiet=True)
-        ).path
-
-
 # ---- what it covers is exact ----
 
-ARCHITECTURES = ["stablelm, head size 64", "qwen3", "gemma3", "lfm2", "gpt-oss", "gemma2"]
+ARCHITECTURES = {  # with what makes their heads 64 wide
+    "stablelm": dict(hidden_size=256),
+    "qwen3": dict(head_dim=64),
+    "gemma3": dict(head_dim=64),
+    "lfm2": dict(hidden_size=256),
+    "gpt-oss": dict(head_dim=64),
+    "gemma2": dict(head_dim=64),
+    "bloom": dict(hidden_size=256),
+    "exaone4": dict(hidden_size=256),
+}
 
 
 @pytest.mark.parametrize("unified", [True, False])
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", list(ARCHITECTURES))
 def test_a_window_longer_than_the_context(name, unified, tmp_path):
-    """Keys and values are those of an f16 cache, or better; queries are those of flash attention in float32."""
-    model = tiny(tmp_path, name)
+    """As near to float32 as an f16 cache, whose flash attention rounds queries and sums as well."""
+    model = checkpoints.gguf(tmp_path, name, **ARCHITECTURES[name])
     prompt = [token % checkpoints.VOCABULARY for token in PROMPT]
     found = {}
-    for types, window in ((F16, 0), (Q4_0, 0), (Q4_0, 256)):
-        with Cache(model, types, window=window, unified=unified) as cache:
+    for types, window in ((EXACT, 0), (F16, 0), (Q4_0, 0), (Q4_0, 256)):
+        with Sequences(model, types, window=window, unified=unified) as cache:
             cache.prompt(prompt[:50])
             found[types, window] = np.concatenate(
                 [cache.prompt(prompt[50:100], first=50), cache.answer(prompt[100:], 100)]
             )
-    exact, without, within = found.values()
-    assert compare(exact, within).relative_error < 2e-3
-    assert compare(exact, without).relative_error > 10 * compare(exact, within).relative_error
+    exact, *others = found.values()
+    half, without, within = (compare(exact, other).relative_error for other in others)
+    assert within < half
+    assert without > 10 * within
 
 
 def test_the_default_is_a_window_for_turbo_types_alone(smollm2):
     for types, expected in ((TURBO3, True), (CacheTypes("q8_0", "turbo3"), True), (Q4_0, False), (F16, False)):
-        with Cache(smollm2, types, window=None) as cache:
+        with Sequences(smollm2, types, window=None) as cache:
             assert ("recent window: the last 32 tokens and the first 4 of each sequence" in cache.log) == expected
-    with Cache(smollm2, F16, window=32) as cache:  # nothing to be exact beside
+    with Sequences(smollm2, F16, window=32) as cache:  # nothing to be exact beside
         assert "recent window" not in cache.log
+
+
+def refusal(model: Path, types: CacheTypes) -> str:
+    """What the log says of a window that was asked for, and is not there. The model runs all the same."""
+    with Sequences(model, types, window=32) as cache:
+        assert np.isfinite(cache.prompt(list(range(50)))).all()
+        return re.search(r"no recent window: (.*)", cache.log)[1]
+
+
+def test_no_window_where_it_cannot_be(tmp_path):
+    latent = checkpoints.gguf(tmp_path, "deepseek2", qk_rope_head_dim=64)
+    assert refusal(latent, Q4_0) == refusal(latent, TURBO3) == "values are part of the keys (MLA)"
+    narrow = checkpoints.gguf(tmp_path, "llama")
+    assert refusal(narrow, Q4_0) == "its kernel takes head sizes that are multiples of 64"
+
+
+def test_without_a_window_the_graph_is_the_old_one(smollm2, stock_libraries):
+    """The nodes that stock llama.cpp has with a quantized cache."""
+
+    def nodes(types: str, libraries: Path = native.library_dir(), **environment: str) -> str:
+        script = [sys.executable, Path(__file__).with_name("graph_nodes.py"), smollm2, types]
+        environment = {**os.environ, "LLAMA_CPP_LIB_PATH": str(libraries), **environment}
+        return subprocess.run(script, env=environment, capture_output=True, text=True, check=True).stdout
+
+    stock = nodes("q4_0", stock_libraries)
+    assert stock.count("FLASH_ATTN_EXT") == 30
+    assert nodes("q4_0") == nodes("turbo3", LLAMA_ARG_CACHE_WINDOW="0") == stock
+    assert nodes("turbo3").count("CUSTOM") == 30
 
 
 def test_batches_and_single_tokens_see_the_same(tmp_path):
     """The window is a matter of positions, not of batches. Weights are not quantized, which would blow up roundings."""
-    model = tiny(tmp_path, "stablelm, head size 64")
+    model = checkpoints.gguf(tmp_path, "stablelm, head size 64")
     prompt = [token % checkpoints.VOCABULARY for token in PROMPT]
     found = []
     for sizes in ((120,), (1,) * 120, (50, 1, 1, 30, 38)):
-        with Cache(model, TURBO3, window=32) as cache:
+        with Sequences(model, TURBO3, window=32) as cache:
             first = 0
             for size in sizes:
                 last = cache.prompt(prompt[first : first + size], first=first)[-1:]
@@ -159,13 +108,13 @@ def test_batches_and_single_tokens_see_the_same(tmp_path):
 # ---- wherever tokens go ----
 
 
-def removal_in_the_middle(cache: Cache) -> np.ndarray:
+def removal_in_the_middle(cache: Sequences) -> np.ndarray:
     cache.prompt(PROMPT[:100])
     cache.remove(0, 70, 90)  # partly in the window
     return cache.answer(PROMPT[:5], 100)
 
 
-def removal_of_the_end(cache: Cache) -> np.ndarray:
+def removal_of_the_end(cache: Sequences) -> np.ndarray:
     """As when drafted tokens are rejected: what comes instead takes the same positions, and often the same cells."""
     cache.prompt(PROMPT[:100])
     for _ in range(3):
@@ -176,14 +125,14 @@ def removal_of_the_end(cache: Cache) -> np.ndarray:
     return cache.answer(PROMPT[100:105], 100)
 
 
-def context_shift(cache: Cache) -> np.ndarray:
+def context_shift(cache: Sequences) -> np.ndarray:
     cache.prompt(PROMPT[:100])
     cache.remove(0, 4, 44)
     cache.add(0, 44, -1, -40)
     return cache.answer(PROMPT[100:105], 60)
 
 
-def shared_beginning(cache: Cache) -> np.ndarray:
+def shared_beginning(cache: Sequences) -> np.ndarray:
     cache.prompt(PROMPT[:100])
     cache.copy(0, 1)
     together = [cache.read((PROMPT[100 + i], 100 + i, 0), (PROMPT[110 - i], 100 + i, 1)) for i in range(8)]
@@ -191,7 +140,7 @@ def shared_beginning(cache: Cache) -> np.ndarray:
     return np.concatenate([*together, cache.answer(PROMPT[:3], 108, 1)])
 
 
-def saved_and_restored(cache: Cache) -> np.ndarray:
+def saved_and_restored(cache: Sequences) -> np.ndarray:
     cache.prompt(PROMPT[:100])
     state = cache.saved(0)
     cache.prompt(PROMPT[20:90], first=100)
@@ -201,7 +150,7 @@ def saved_and_restored(cache: Cache) -> np.ndarray:
     return cache.answer(PROMPT[100:105], 100)
 
 
-def another_prompt(cache: Cache) -> np.ndarray:
+def another_prompt(cache: Sequences) -> np.ndarray:
     """A part of the first is used again, as llama-server does."""
     cache.prompt(PROMPT[:110])
     cache.remove(0, 60, -1)
@@ -209,37 +158,105 @@ def another_prompt(cache: Cache) -> np.ndarray:
     return cache.answer(PROMPT[:5], 90)
 
 
-def eight_interleaved(cache: Cache) -> np.ndarray:
+def eight_interleaved(cache: Sequences) -> np.ndarray:
     for sequence in range(8):
         cache.prompt(PROMPT[sequence : sequence + 50], sequence)
-    found = [
-        cache.read(*((PROMPT[60 + sequence + i], 50 + i, sequence) for sequence in range(8) if (sequence + i) % 3))
-        for i in range(0, 1)
-    ]
+    lengths, found = [50] * 8, []
+    for i in range(6):  # some take part, some wait
+        taking_part = [sequence for sequence in range(8) if (sequence + i) % 3]
+        found.append(cache.read(*((PROMPT[60 + sequence + i], lengths[sequence], sequence) for sequence in taking_part)))
+        for sequence in taking_part:
+            lengths[sequence] += 1
     return np.concatenate(found)
 
 
-def emptied(cache: Cache) -> np.ndarray:
+def emptied(cache: Sequences) -> np.ndarray:
     cache.prompt(PROMPT[:100])
     cache.llama.llama_memory_clear(cache.memory, True)
     cache.prompt(PROMPT[40:90])
     return cache.answer(PROMPT[:5], 50)
 
 
+def embeddings_alone(cache: Sequences) -> np.ndarray:
+    """Batches without tokens, as of images, and without outputs."""
+    rng = np.random.default_rng(0)
+    rows = cache.embeddings[rng.choice(PROMPT, 60)]
+    for first in range(0, 60, 20):
+        entries = ((0, first + i, 0) for i in range(20))
+        assert cache.decode(*entries, embeddings=rows[first : first + 20], outputs=False) == 0
+    return cache.answer(PROMPT[:5], 60)
+
+
+def full_and_wrapped(cache: Sequences) -> np.ndarray:
+    """No cell is left; a part is dropped, the rest moves up, and what comes takes the cells of what was dropped."""
+    for first in range(0, cache.length, 128):
+        cache.prompt((PROMPT * 2)[first % 5 :][: min(128, cache.length - first)], first=first)
+    assert cache.decode((7, cache.length, 0)) == 1
+    half = cache.length // 2
+    cache.remove(0, 4, half)
+    cache.add(0, half, -1, 4 - half)
+    cache.prompt(PROMPT[:50], first=half + 4)
+    return cache.answer(PROMPT[50:60], half + 54)
+
+
 SCENARIOS = [
     removal_in_the_middle, removal_of_the_end, context_shift, shared_beginning, saved_and_restored, another_prompt,
-    eight_interleaved, emptied,
+    eight_interleaved, emptied, embeddings_alone, full_and_wrapped,
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("unified", [True, False])
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
-def test_nothing_stale_is_read(calibrated, scenario: Callable[[Cache], np.ndarray], unified):
+def test_nothing_stale_is_read(calibrated, scenario: Callable[[Sequences], np.ndarray], unified):
     """No farther from an f16 cache than without a window; a poisoned entry that were read would change everything."""
     found = []
     for types, window in ((F16, 0), (TURBO3, 0), (TURBO3, 32)):
-        with Cache(calibrated, types, window=window, unified=unified) as cache:
+        sequences = 2 if scenario is full_and_wrapped else 8
+        with Sequences(calibrated, types, window=window, unified=unified, sequences=sequences) as cache:
             found.append(scenario(cache))
     exact, without, within = found
     errors = [compare(exact, other).kl_mean for other in (without, within)]
     assert errors[1] < errors[0] * 1.1, errors
+
+
+@pytest.mark.parametrize("unified", [True, False])
+def test_drafts_that_are_rejected_leave_no_trace(unified, tmp_path):
+    """The ring has room for what is taken back: the window before it is whole."""
+    model = checkpoints.gguf(tmp_path, "stablelm, head size 64")
+    prompt = [token % checkpoints.VOCABULARY for token in PROMPT]
+    with Sequences(model, TURBO3, window=32, unified=unified) as cache:
+        cache.prompt(prompt[:100])
+        expected = cache.answer(prompt[100:110], 100)
+        cache.remove(0, 100, -1)
+        found = []
+        for i in range(10):
+            cache.prompt(prompt[:16], first=100 + i)
+            cache.remove(0, 100 + i, -1)
+            found.append(cache.read((prompt[100 + i], 100 + i, 0)))
+    assert compare(expected, np.concatenate(found)).relative_error < 1e-3
+
+
+@pytest.mark.parametrize("unified", [True, False])
+def test_a_copied_sequence_has_the_window_of_the_first(unified, tmp_path):
+    model = checkpoints.gguf(tmp_path, "stablelm, head size 64")
+    prompt = [token % checkpoints.VOCABULARY for token in PROMPT]
+    with Sequences(model, TURBO3, window=32, unified=unified) as cache:
+        cache.prompt(prompt[:100])
+        cache.copy(0, 1)
+        copied = cache.answer(prompt[100:110], 100, 1)
+        assert compare(cache.answer(prompt[100:110], 100, 0), copied).relative_error < 1e-3
+
+
+@pytest.mark.parametrize("name", ["gemma3", "gpt-oss"])
+def test_sliding_windows_that_wrap(name, tmp_path):
+    """Their cells are used over and over."""
+    model = checkpoints.gguf(tmp_path, name, head_dim=64)
+    prompt = [token * 7 % checkpoints.VOCABULARY for token in range(600)]
+    found = []
+    for types, window in ((F16, 0), (TURBO3, 0), (TURBO3, 32)):
+        with Sequences(model, types, window=window, sequences=1, length=1024) as cache:
+            for first in range(0, 500, 100):
+                cache.prompt(prompt[first : first + 100], first=first)
+            found.append(cache.answer(prompt[500:600], 500))
+    exact, without, within = found
+    assert compare(exact, within).relative_error < compare(exact, without).relative_error

@@ -15,7 +15,6 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 from turboquant_gguf import cli, quality
-from turboquant_gguf.convert import convert
 from turboquant_gguf.errors import TurboquantError
 from turboquant_gguf.store import Store
 from turboquant_gguf.sweep import Report, sweep
@@ -121,14 +120,12 @@ def test_speed_is_measured_on_every_machine(tiny, text, tmp_path):
 
 
 def test_types_that_do_not_fit_one_of_the_models(tiny, text, tmp_path):
-    folder = checkpoints.write(tmp_path / "narrow", "llama, head size 80")
-    with checkpoints.any_pre_tokenizer():
-        narrow = convert(folder, tmp_path / "narrow.gguf", outtype="f32", console=Console(quiet=True)).path
+    narrow = checkpoints.gguf(tmp_path, "llama, head size 80")
     options = ["sweep", narrow, tiny, "--text", text, "-o", tmp_path / "results.sqlite", "--types", "turbo4"]
     options += ["--context", "32", "--windows", "2", "--measure", "quality", "--json"]
     done = CliRunner().invoke(cli.cli, list(map(str, options)))
     assert done.exit_code == 1
-    assert "narrow.gguf, turbo4: This model's heads hold 80 values" in done.stderr
+    assert "llama, head size 80.gguf, turbo4: This model's heads hold 80 values" in done.stderr
     assert json.loads(done.stdout)["added"] == 2 + 4
 
 

@@ -198,16 +198,14 @@ def test_values_are_not_rotated_again_at_run_time(smollm2_rotated, smollm2_plain
 
 
 def test_unknown_version_is_refused(tmp_path):
-    folder = checkpoints.write(tmp_path / "checkpoint", "llama")
-    with checkpoints.any_pre_tokenizer():
-        made = convert(folder, tmp_path / "model.gguf", outtype="f32", console=Console(quiet=True))
-    content = made.path.read_bytes()
+    model = checkpoints.gguf(tmp_path, "llama", rotate="values")
+    content = model.read_bytes()
     key = b"turboquant.values.version"
     old = key + struct.pack("<II", 4, 1)  # a uint32, and its value
     assert content.count(old) == 1
-    made.path.write_bytes(content.replace(old, key + struct.pack("<II", 4, 2)))
+    model.write_bytes(content.replace(old, key + struct.pack("<II", 4, 2)))
     with pytest.raises(TurboquantError) as error:
-        Model(made.path)
+        Model(model)
     assert "turboquant.values.version is 2, and this build knows version 1 only" in error.value.details
 
 

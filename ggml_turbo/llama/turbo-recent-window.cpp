@@ -1,5 +1,6 @@
 #include "turbo-recent-window.h"
 
+#include "ggml-turbo.h"
 #include "llama-batch.h"
 #include "llama-impl.h"
 #include "llama-kv-cells.h"
@@ -10,6 +11,9 @@
 #include <stdexcept>
 
 static const ggml_fp16_t MASKED = ggml_fp32_to_fp16(-INFINITY);
+
+// Tokens that can be taken back, as rejected drafts are, and the window before them is still whole.
+static const uint32_t TAKEN_BACK = 16;
 
 static uint32_t number(const char * variable, uint32_t otherwise) {
     const char * text = getenv(variable);
@@ -36,10 +40,10 @@ std::shared_ptr<llama_turbo_window> llama_turbo_window::make(
     for (const cache & c : caches) {
         if (!c.v) {
             reason = "values are part of the keys (MLA)";
-        } else if (!no_alloc && !ggml_backend_buffer_is_host(c.k->buffer)) {
-            reason = "this back end has no kernel for it";
-        } else if (c.k->ne[0] % 64 != 0 || c.v->ne[0] % 64 != 0) {
-            reason = "heads are not whole blocks of 64 values";
+        } else if (!ggml_backend_buffer_is_host(c.k->buffer)) {
+            reason = "the cache is on a device that has no kernel for it";
+        } else if (c.head_size_k % QK_TURBO != 0 || c.head_size_v % QK_TURBO != 0) {
+            reason = "its kernel takes head sizes that are multiples of 64";
         }
     }
     if (reason) {
@@ -49,7 +53,8 @@ std::shared_ptr<llama_turbo_window> llama_turbo_window::make(
 
     auto made = std::make_shared<llama_turbo_window>();
     made->sizes   = sizes;
-    made->n_slots = n_seq*(sizes.recent + sizes.sinks) + 1;
+    made->n_seq_slots = sizes.sinks + sizes.recent + TAKEN_BACK;
+    made->n_slots     = n_seq*made->n_seq_slots + 1;
     made->poison  = number("LLAMA_TURBO_WINDOW_POISON", 0) != 0;
     made->entries.assign(n_stream, std::vector<entry>(made->n_slots, { 0, 0, -1 }));
     made->versions.assign(n_stream, std::vector<uint32_t>(caches[0].k->ne[1], 0));
@@ -123,6 +128,16 @@ void llama_turbo_window::written(const std::vector<place> & places) {
     }
 }
 
+void llama_turbo_window::copy(uint32_t from, uint32_t to) {
+    for (const ring & r : rings) {
+        for (ggml_tensor * t : { r.k, r.v }) {
+            memcpy((char *) t->data + to*t->nb[2], (const char *) t->data + from*t->nb[2], t->nb[2]);
+        }
+    }
+    entries[to]  = entries[from];
+    versions[to] = versions[from];
+}
+
 void llama_turbo_window::forget(uint32_t stream) {
     for (uint32_t slot = 0; slot < n_slots; ++slot) {
         entries[stream][slot].pos = -1;
@@ -139,7 +154,7 @@ bool llama_turbo_window::is_valid(const entry & e, uint32_t stream, const llama_
 
 uint32_t llama_turbo_window::slot_of(llama_pos pos, uint32_t seq) const {
     const uint32_t p = (uint32_t) pos;
-    return seq*(sizes.recent + sizes.sinks) + (p < sizes.sinks ? p : sizes.sinks + p % sizes.recent);
+    return seq*n_seq_slots + (p < sizes.sinks ? p : sizes.sinks + p % (sizes.recent + TAKEN_BACK));
 }
 
 void llama_turbo_window::spoil(uint32_t stream, uint32_t slot) const {

@@ -30,9 +30,10 @@ public:
         static size wanted(ggml_type type_k, ggml_type type_v);
     };
 
-    // A layer's cache: keys and values [channels, cells, streams].
+    // A layer's cache: keys and values [channels, cells, streams], null if there are none of their own.
     struct cache {
         ggml_tensor * k, * v;
+        uint32_t      head_size_k, head_size_v;
     };
 
     // Null if there is to be no window; the log says why if one was to be expected. caches: of all layers, by the index
@@ -67,6 +68,9 @@ public:
     // These cells are being written.
     void written(const std::vector<place> & places);
 
+    // A stream becomes a copy of another.
+    void copy(uint32_t from, uint32_t to);
+
     // All of a stream may have changed.
     void forget(uint32_t stream);
 
@@ -89,8 +93,9 @@ private:
     };
 
     size     sizes;
-    uint32_t n_slots; // the last one takes what is not kept
-    bool     poison;  // for tests: what was forgotten becomes conspicuous
+    uint32_t n_seq_slots; // of a sequence
+    uint32_t n_slots;     // of all sequences, and a last one that takes what is not kept
+    bool     poison;      // for tests: what was forgotten becomes conspicuous
 
     std::vector<ring>                  rings;    // by layer
     std::vector<std::vector<entry>>    entries;  // by stream and slot
