@@ -30,6 +30,10 @@ static void decode(const struct ggml_tensor * t, int64_t token, int64_t head, in
     }
 }
 
+static const ggml_fp16_t * mask_of(const struct part * p, int64_t query, int64_t head, int64_t stream) {
+    return (const ggml_fp16_t *) row_of(p->mask, query, head % p->mask->ne[2], stream % p->mask->ne[3]) + p->column;
+}
+
 static float slope_of(int64_t head, int64_t n_heads, float max_bias) { // ALiBi (arXiv 2108.12409)
     if (max_bias <= 0.0f) {
         return 1.0f;
@@ -43,10 +47,12 @@ static void compute(struct ggml_tensor * dst, int ith, int nth, void * userdata)
     (void) userdata;
     struct ggml_tensor ** src = dst->src;
     const struct ggml_tensor * q = src[TURBO_WINDOW_Q], * sinks = src[TURBO_WINDOW_SINKS];
+    struct ggml_tensor ring_k, ring_v;
+    turbo_window_ring(dst, &ring_k, &ring_v);
     const struct part parts[3] = {
-        { src[TURBO_WINDOW_K],      src[TURBO_WINDOW_V],      src[TURBO_WINDOW_MASK],   0 },
-        { src[TURBO_WINDOW_RING_K], src[TURBO_WINDOW_RING_V], src[TURBO_WINDOW_MASK_W], 0 },
-        { src[TURBO_WINDOW_NEW_K],  src[TURBO_WINDOW_NEW_V],  src[TURBO_WINDOW_MASK_W], src[TURBO_WINDOW_RING_K]->ne[1] },
+        { src[TURBO_WINDOW_K],     src[TURBO_WINDOW_V],     src[TURBO_WINDOW_MASK],   0 },
+        { &ring_k,                 &ring_v,                 src[TURBO_WINDOW_MASK_W], 0 },
+        { src[TURBO_WINDOW_NEW_K], src[TURBO_WINDOW_NEW_V], src[TURBO_WINDOW_MASK_W], ring_k.ne[1] },
     };
     const float * factors = turbo_window_params(dst);
     const float   scale = factors[0], max_bias = factors[1], softcap = factors[2];
@@ -60,13 +66,16 @@ static void compute(struct ggml_tensor * dst, int ith, int nth, void * userdata)
         const float   slope = slope_of(head, n_heads, max_bias);
         float * out = (float *) ((char *) dst->data + head*dst->nb[1] + query*dst->nb[2] + stream*dst->nb[3]);
         float largest = -INFINITY, total = 0.0f;
+        const int32_t * columns = (const int32_t *) row_of(src[TURBO_WINDOW_COLUMNS], 0, 0, stream);
+        const ggml_fp16_t * window_mask = mask_of(&parts[1], query, head, stream);
         memset(out, 0, size_v*sizeof(float));
         for (int i = 0; i < 3; ++i) {
             const struct part * p = &parts[i];
-            const ggml_fp16_t * mask = (const ggml_fp16_t *) row_of(p->mask, query, head % p->mask->ne[2], stream % p->mask->ne[3]) + p->column;
+            const ggml_fp16_t * mask = mask_of(p, query, head, stream);
             for (int64_t token = 0; token < p->k->ne[1]; ++token) {
                 const float bias = ggml_fp16_to_fp32(mask[token]);
-                if (bias == -INFINITY) {
+                const bool is_in_window = i == 0 && columns[token] >= 0 && ggml_fp16_to_fp32(window_mask[columns[token]]) != -INFINITY;
+                if (bias == -INFINITY || is_in_window) {
                     continue;
                 }
                 decode(p->k, token, head/group, stream, key);
@@ -122,6 +131,18 @@ struct ggml_tensor * turbo_window_attention(
 
 bool turbo_is_window_attention(const struct ggml_tensor * op) {
     return op->op == GGML_OP_CUSTOM && ((const struct params *) op->op_params)->fun == compute;
+}
+
+void turbo_window_ring(const struct ggml_tensor * op, struct ggml_tensor * k, struct ggml_tensor * v) {
+    const struct ggml_tensor * ring = op->src[TURBO_WINDOW_RING];
+    const int64_t kv_heads = op->src[TURBO_WINDOW_K]->ne[2];
+    *k = *v = *ring;
+    k->ne[0] = op->src[TURBO_WINDOW_K]->ne[0];
+    v->ne[0] = op->src[TURBO_WINDOW_V]->ne[0];
+    k->ne[2] = v->ne[2] = kv_heads;
+    k->nb[2] = k->ne[0]*k->nb[0];
+    v->nb[2] = v->ne[0]*v->nb[0];
+    v->data  = (char *) v->data + kv_heads*k->nb[2];
 }
 
 const float * turbo_window_params(const struct ggml_tensor * op) {

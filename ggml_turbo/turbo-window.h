@@ -4,7 +4,7 @@
 // tokens and of the last ones before a batch, in a ring, and those of the batch itself (docs/recent-window.md).
 //
 // One softmax goes over three parts, each with keys, values and a mask. A key that a query sees in the ring or in the batch
-// is masked in the cache for that query, so that it counts once.
+// is not read from the cache for that query, so that it counts once.
 
 #include "ggml.h"
 
@@ -12,19 +12,19 @@
 extern "C" {
 #endif
 
-// The sources of the node. All of F32, F16 or a quantized type, as GGML_OP_FLASH_ATTN_EXT has them: keys and values
-// [head size, tokens, KV heads, streams], queries [head size of K, queries, heads, streams].
+// The sources of the node, which has as many as a node can have. Keys and values are as GGML_OP_FLASH_ATTN_EXT has them:
+// F32, F16 or a quantized type, [head size, tokens, KV heads, streams].
 enum turbo_window_source {
-    TURBO_WINDOW_Q,
+    TURBO_WINDOW_Q,       // F32 [head size of K, queries, heads, streams]
     TURBO_WINDOW_K,
     TURBO_WINDOW_V,
-    TURBO_WINDOW_MASK,   // F16 [keys of the cache, queries, 1, streams]
-    TURBO_WINDOW_SINKS,  // F32 [heads], or NULL
-    TURBO_WINDOW_RING_K,
-    TURBO_WINDOW_RING_V,
+    TURBO_WINDOW_MASK,    // F16 [keys of the cache, queries, 1, streams]
+    TURBO_WINDOW_SINKS,   // F32 [heads], or NULL
+    TURBO_WINDOW_RING,    // F16 [keys of all KV heads, then their values; slots, 1, streams]
     TURBO_WINDOW_NEW_K,
     TURBO_WINDOW_NEW_V,
-    TURBO_WINDOW_MASK_W, // F16 [keys of the ring, then of the batch; queries, 1, streams]
+    TURBO_WINDOW_MASK_W,  // F16 [slots of the ring, then tokens of the batch; queries, 1, streams]
+    TURBO_WINDOW_COLUMNS, // I32 [keys of the cache, 1, 1, streams]: in MASK_W, of the same key; -1 if it is not there
     TURBO_WINDOW_SOURCES,
 };
 
@@ -34,6 +34,9 @@ GGML_API struct ggml_tensor * turbo_window_attention(
     struct ggml_context * ctx, struct ggml_tensor * const sources[TURBO_WINDOW_SOURCES], float scale, float max_bias, float softcap);
 
 GGML_API bool turbo_is_window_attention(const struct ggml_tensor * op);
+
+// Keys and values of a node's ring, as those of the cache are.
+GGML_API void turbo_window_ring(const struct ggml_tensor * op, struct ggml_tensor * k, struct ggml_tensor * v);
 
 // scale, max_bias and softcap of a node, as in GGML_OP_FLASH_ATTN_EXT.
 GGML_API const float * turbo_window_params(const struct ggml_tensor * op);

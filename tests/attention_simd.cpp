@@ -45,8 +45,10 @@ const ggml_type_traits * ggml_get_type_traits(ggml_type type) {
     static const ggml_type_traits turbo2 = { "turbo2", QK_TURBO, 0, TURBO_BLOCK_BYTES(2), true,  turbo_to_float<2>, nullptr };
     static const ggml_type_traits turbo3 = { "turbo3", QK_TURBO, 0, TURBO_BLOCK_BYTES(3), true,  turbo_to_float<3>, nullptr };
     static const ggml_type_traits turbo4 = { "turbo4", QK_TURBO, 0, TURBO_BLOCK_BYTES(4), true,  turbo_to_float<4>, nullptr };
+    static const ggml_type_traits i32    = { "i32",    1,        0, sizeof(int32_t),      false, nullptr,           nullptr };
     switch (type) {
         case GGML_TYPE_F32:    return &f32;
+        case GGML_TYPE_I32:    return &i32;
         case GGML_TYPE_F16:    return &f16;
         case GGML_TYPE_TURBO2: return &turbo2;
         case GGML_TYPE_TURBO3: return &turbo3;
@@ -113,11 +115,11 @@ int main() {
         tensor v    ((ggml_type) p.type_v, { p.size_v, p.kv_heads, p.keys, p.sequences }, cache);
         tensor mask (GGML_TYPE_F16, { p.keys, p.queries, p.mask_heads, p.mask_sequences }, plain);
         tensor sinks(GGML_TYPE_F32, { p.heads, 1, 1, 1 }, plain);
-        tensor ring_k(GGML_TYPE_F16, { p.size_k, p.kv_heads, p.slots,  p.sequences }, cache);
-        tensor ring_v(GGML_TYPE_F16, { p.size_v, p.kv_heads, p.slots,  p.sequences }, cache);
-        tensor new_k (GGML_TYPE_F32, { p.size_k, p.kv_heads, p.tokens, p.sequences }, cache);
-        tensor new_v (GGML_TYPE_F32, { p.size_v, p.kv_heads, p.tokens, p.sequences }, cache);
+        tensor ring (GGML_TYPE_F16, { p.kv_heads*(p.size_k + p.size_v), p.slots, 1, p.sequences }, plain);
+        tensor new_k(GGML_TYPE_F32, { p.size_k, p.kv_heads, p.tokens, p.sequences }, cache);
+        tensor new_v(GGML_TYPE_F32, { p.size_v, p.kv_heads, p.tokens, p.sequences }, cache);
         tensor mask_w(GGML_TYPE_F16, { p.slots + p.tokens, p.queries, 1, p.sequences }, plain);
+        tensor columns(GGML_TYPE_I32, { p.slots ? p.keys : 0, 1, 1, p.sequences }, plain);
         tensor out  (GGML_TYPE_F32, { p.size_v, p.heads, p.queries, p.sequences }, plain);
         q.fill();
         k.fill();
@@ -126,11 +128,11 @@ int main() {
         if (p.sinks) {
             sinks.fill();
         }
-        for (tensor * t : { &ring_k, &ring_v, &new_k, &new_v, &mask_w }) {
+        for (tensor * t : { &ring, &new_k, &new_v, &mask_w, &columns }) {
             t->fill();
         }
         ggml_tensor * sources[TURBO_WINDOW_SOURCES] = {
-            &q, &k, &v, p.mask_heads ? &mask : nullptr, p.sinks ? &sinks : nullptr, &ring_k, &ring_v, &new_k, &new_v, &mask_w,
+            &q, &k, &v, p.mask_heads ? &mask : nullptr, p.sinks ? &sinks : nullptr, &ring, &new_k, &new_v, &mask_w, &columns,
         };
         if (p.slots) {
             made = &out;

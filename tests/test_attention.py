@@ -177,7 +177,8 @@ def problems_with_window(draw, stock: tuple[str, ...] = ("f16", "q8_0")) -> Prob
              for size in (size_k, problem.size_v))
     arrays = [values(rng, draw(st.sampled_from(["gaussian", "large channel", "zeros"])), sequences, count, kv_heads, size).astype(kind)
               for kind, count, size in parts]
-    window = Window(*arrays, mask=mask.astype(np.float16))
+    columns = np.where(rng.random((sequences, keys)) < 0.2, rng.integers(0, slots + tokens, (sequences, keys)), -1)
+    window = Window(*arrays, mask=mask.astype(np.float16), columns=columns.astype(np.int32))
     cache = problem.mask if problem.mask is not None else np.zeros((1, 1, queries, keys), np.float16)
     return replace(problem, window=window, mask=cache)
 
@@ -190,7 +191,9 @@ def without_window(problem: Problem) -> Problem:
     more = np.concatenate([window.ring_k.astype(np.float32), window.new_k], axis=1)
     k = np.concatenate([np.concatenate([k, np.zeros_like(k)], -1), np.concatenate([np.zeros_like(more), more], -1)], 1)
     v = [attention_numpy.decode(problem.v, problem.type_v), window.ring_v.astype(np.float32), window.new_v]
-    masks = [np.broadcast_to(mask, (problem.q.shape[0], problem.mask.shape[1], *mask.shape[2:])) for mask in (problem.mask, window.mask)]
+    seen = np.take_along_axis(window.mask, np.maximum(window.columns, 0)[:, None, None], -1) != -np.inf
+    cache = np.where(seen & (window.columns >= 0)[:, None, None], -np.inf, problem.mask)
+    masks = [np.broadcast_to(mask, (problem.q.shape[0], problem.mask.shape[1], *mask.shape[2:])) for mask in (cache, window.mask)]
     return replace(
         problem,
         q=np.concatenate([rounded, problem.q], -1).astype(np.float32),
@@ -253,7 +256,7 @@ def as_input(problem: Problem) -> bytes:
     )
     arrays = [problem.q, problem.k, problem.v, mask, *([] if problem.sinks is None else [problem.sinks])]
     if window:
-        arrays += [window.ring_k, window.ring_v, window.new_k, window.new_v, window.mask]
+        arrays += [window.ring, window.new_k, window.new_v, window.mask, window.columns]
     return numbers + b"".join(np.ascontiguousarray(array).tobytes() for array in arrays)
 
 

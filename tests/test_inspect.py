@@ -21,6 +21,7 @@ from turboquant_gguf.modelmemory import F16, MOST_TOKENS, STEP, ModelMemory, Ref
 COMMAND = (sys.executable, "-m", "turboquant_gguf.cli", "inspect")
 MIB, GIB = 1 << 20, 1 << 30
 TYPES = inspection.DEFAULT_TYPES
+RECENT = 64  # tokens, of the window that turbo types have by default
 WITH_CACHE = [name for name in tiny_architectures.ARCHITECTURES if name not in ("mamba", "bert")]
 
 
@@ -242,7 +243,24 @@ def test_windows_alone_hold_any_context(tmp_path):
     report = inspection.inspect(file=path, types=("turbo4",), memory=GIB)
     (pair,) = report.caches.pairs
     assert (pair.bytes_per_token, pair.longest_context) == (0, MOST_TOKENS)
-    assert pair.fixed_bytes == 5 * 2 * 256 * 34 // 64 * (tiny_architectures.WINDOW + 512)
+    ring = 2 * (RECENT + 4 + 16 + 1)  # bytes of a channel: f16; a last slot takes what is not kept
+    assert pair.fixed_bytes == 5 * 2 * 256 * (34 * (tiny_architectures.WINDOW + 512) // 64 + ring)
+
+
+def test_the_recent_window_is_counted(smollm2, monkeypatch):
+    sizes = {}
+    for tokens in (0, 100, 200):
+        monkeypatch.setenv("LLAMA_ARG_CACHE_WINDOW", str(tokens))
+        with ModelMemory(smollm2) as memory:
+            for name in ("turbo4", "turbo4:q8_0", "q8_0", "f16"):
+                types = CacheTypes.parse(name)
+                sizes[tokens, name] = memory.size(types, 4096)
+                assert sizes[tokens, name] == memory.measure(types, 4096)
+    token = 30 * 2 * 3 * 64 * 2  # bytes: layers, keys and values, KV heads, head size, f16
+    for name in ("turbo4", "turbo4:q8_0", "q8_0"):
+        assert sizes[200, name].cache - sizes[100, name].cache == 100 * token
+        assert sizes[100, name].cache - sizes[0, name].cache == (100 + 4 + 16 + 1) * token
+    assert sizes[200, "f16"] == sizes[0, "f16"]
 
 
 @pytest.mark.parametrize("architecture", ["qwen3", "gemma3", "gemma4", "lfm2"])
@@ -268,6 +286,7 @@ def test_all_of_a_real_server(smollm2):
     with ModelMemory(smollm2) as memory:
         size = memory.measure(types, 4096)
     printed = {name: re.findall(rf"{name} buffer size = +([\d.]+) MiB", log) for name in ("model", "KV", "compute")}
+    printed["KV"] += re.findall(r"recent window: .* ([\d.]+) MiB", log)
     for name, counted in (("model", size.weights), ("KV", size.cache), ("compute", size.compute)):
         assert sum(map(float, printed[name])) * MIB == pytest.approx(counted, abs=0.05 * MIB), (name, printed)
 
@@ -289,7 +308,7 @@ def test_report_of_a_real_model(smollm2):
     assert len(pairs) == len(TYPES) ** 2
     turbo = pairs["turbo4", "turbo4"]
     assert turbo.smaller_than_f16 == pytest.approx(16 / 4.25)
-    assert turbo.trained_bytes == 8192 * turbo.bytes_per_token
+    assert turbo.trained_bytes == 8192 * turbo.bytes_per_token + turbo.fixed_bytes
     assert turbo.times_f16 == turbo.longest_context / pairs["f16", "f16"].longest_context > 3
 
 

@@ -56,7 +56,7 @@ def test_a_window_longer_than_the_context(name, unified, tmp_path):
 def test_the_default_is_a_window_for_turbo_types_alone(smollm2):
     for types, expected in ((TURBO3, True), (CacheTypes("q8_0", "turbo3"), True), (Q4_0, False), (F16, False)):
         with Sequences(smollm2, types, window=None) as cache:
-            assert ("recent window: the last 32 tokens and the first 4 of each sequence" in cache.log) == expected
+            assert ("recent window: the last 64 tokens and the first 4 of each sequence" in cache.log) == expected
     with Sequences(smollm2, F16, window=32) as cache:  # nothing to be exact beside
         assert "recent window" not in cache.log
 

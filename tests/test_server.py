@@ -133,6 +133,14 @@ def test_facts_of_a_log():
     assert facts.tokens_in(1 << 30) == int(1024 / 36.57 * 4096)
 
 
+def test_recent_window_is_counted_and_does_not_grow():
+    line = "llama_kv_cache: recent window: the last 32 tokens and the first 4 of each sequence in f16, 2.50 MiB\n"
+    facts, without = (cachefacts.require(log, CacheTypes("q8_0", "q4_0")) for log in (LOG + line, LOG))
+    assert facts.size == pytest.approx(without.size + 2.5 * 2**20, abs=1)
+    assert facts.size_per_token == without.size_per_token
+    assert facts.size_of(100) == without.size_of(100) + 2.5 * 2**20
+
+
 def test_sliding_window_does_not_grow():
     facts = cachefacts.require(WINDOWED_LOG, CacheTypes("f16", "f16"))
     assert facts.size == 84 << 20

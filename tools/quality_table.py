@@ -3,15 +3,17 @@
 
     python tools/quality_table.py wiki.test.raw
 
-measures SmolLM2-135M-Instruct, as it is and with calibrated keys, with turboquant-gguf, and puts what comes out into
-README.md, docs/quality.png and python/turboquant_gguf/data/reference.json. What was measured is kept: interrupted, it
+measures SmolLM2-135M-Instruct, as it is and with calibrated keys, with the recent window that is the default and without,
+and puts what comes out into README.md, docs/quality.png and python/turboquant_gguf/data/reference.json. What was measured is kept: interrupted, it
 goes on from there.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -43,34 +45,43 @@ def main(text: Path, windows: int, context: int, results: Path | None) -> None:
     calibrated = models.cache_folder() / "SmolLM2-135M-Instruct-calibrated.gguf"
     if not calibrated.exists():  # made again with other threads it would be a little different, and so another model
         calibrate(model, calibrated, console=console)
-    found = [
-        quality.ppl(
-            path, text=str(text), types=TYPES, context=context, windows=windows, results=results, console=console
+
+    def measured(path: Path, types: Sequence[str] = TYPES) -> quality.Report:
+        found = quality.ppl(
+            path, text=str(text), types=types, context=context, windows=windows, results=results, console=console
         )
-        for path in (model, calibrated)
-    ]
-    if any(one.interrupted for one in found):
-        raise click.Abort
-    _write(ROOT / "README.md", _in_readme(_table(*found)))
+        if found.interrupted:
+            raise click.Abort
+        return found
+
+    found = [measured(model), measured(calibrated)]
+    os.environ["LLAMA_ARG_CACHE_WINDOW"] = "0"
+    turbo = [name for name in TYPES if "turbo" in name]  # others have no window anyway
+    without = [measured(model, turbo), measured(calibrated, turbo)]
+    _write(ROOT / "README.md", _in_readme(_table(*without, *found)))
     report(results, outputs=[PLOT], models=[path.stem for path in (model, calibrated)], console=console)
     _write(REFERENCE, json.dumps(_reference(*found), indent=2) + "\n")
 
 
-def _table(plain: quality.Report, calibrated: quality.Report) -> str:
-    settings = plain.settings
+def _table(*reports: quality.Report) -> str:
+    """reports: without a window as it is, and calibrated; then with what the default is, and more types."""
+    settings = reports[-1].settings
     lines = [
         "SmolLM2-135M-Instruct Q4_1, a small model with heads of 64 values, which suffers more than large ones; "
-        f"{settings['text']}, {plain.windows} windows of {settings['context']} tokens:",
+        f"{settings['text']}, {reports[-1].windows} windows of {settings['context']} tokens:",
         "",
-        "| keys : values | bits | perplexity, times f16 | KL divergence | same top token "
-        "| calibrated: KL divergence | same top token |",
-        "|---|---|---|---|---|---|---|",
+        "| keys : values | bits | KL divergence, no recent window | and calibrated | with the recent window "
+        "| **and calibrated** | same top token | perplexity, times f16 |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for one, other in zip(plain.results, calibrated.results, strict=True):
-        types = CacheTypes(one.type_k, one.type_v)
+    by_types = [{CacheTypes(one.type_k, one.type_v): one for one in report.results} for report in reports]
+    for types, best in by_types[-1].items():
+        results = [found.get(types) for found in by_types]
+        if "turbo" not in str(types):  # no window by default
+            results = [*results[2:], None, None]
         lines.append(
-            f"| {_name(types)} | {types.bits:g} | {one.ppl_ratio:.3f} ± {one.ppl_ratio_stderr:.3f} "
-            f"| {_loss(one)} | {one.top1:.1%} | {_loss(other)} | {other.top1:.1%} |"
+            f"| {_name(types)} | {types.bits:g} | {' | '.join(map(_loss, results))} "
+            f"| {best.top1:.1%} | {best.ppl_ratio:.3f} ± {best.ppl_ratio_stderr:.3f} |"
         )
     return "\n".join(lines)
 
@@ -80,8 +91,8 @@ def _name(types: CacheTypes) -> str:
     return f"**{name}**" if "turbo" in name else name
 
 
-def _loss(result: quality.Quality) -> str:
-    return f"{result.kld_mean:.4f} ± {result.kld_stderr:.4f}"
+def _loss(result: quality.Quality | None) -> str:
+    return f"{result.kld_mean:.4f} ± {result.kld_stderr:.4f}" if result else "no window"
 
 
 def _in_readme(table: str) -> str:

@@ -35,6 +35,8 @@ constexpr int CHUNK = QK_TURBO; // values of a head that are decoded, scaled and
 constexpr int SPLIT_KEYS  = 256; // keys of a range at least
 constexpr int SPLIT_TASKS = 128; // tasks wanted, where there are keys enough
 
+constexpr int SCORE_STEP = TURBO_SCORE_KEYS*TURBO_F32_LANES; // keys that are scored at once
+
 constexpr uint16_t HALF_MINUS_INFINITY = 0xfc00;
 
 // ---- decoding ----
@@ -50,18 +52,27 @@ void by_bits(ggml_type type, F && f) {
     }
 }
 
-// 64 values of `keys` keys of a stock type, stride bytes apart, as floats [key][CHUNK]; zeros for the keys up to KEYS
-// that are not there, whose scores are masked but must not be NaN.
+// Keys are scored SCORE_STEP at a time.
+int scored(int keys) {
+    return (keys + SCORE_STEP - 1)/SCORE_STEP*SCORE_STEP;
+}
+
+// 64 values of `keys` keys of a stock type, stride bytes apart, as floats [key][CHUNK]; zeros for keys that are not there
+// and scored all the same: they are masked but must not be NaN.
 void decode_f32(ggml_type type, const char * from, size_t stride, int keys, float * to) {
     const auto to_float = ggml_get_type_traits(type)->to_float;
     for (int key = 0; key < keys; ++key, from += stride, to += CHUNK) {
-        if (to_float) {
+        if (type == GGML_TYPE_F16) {
+            for (int i = 0; i < CHUNK; i += TURBO_F32_LANES) {
+                turbo_f32_store(to + i, turbo_f32_from_half((const uint16_t *) from + i));
+            }
+        } else if (to_float) {
             to_float(from, to, CHUNK);
         } else {
             memcpy(to, from, CHUNK*sizeof(float));
         }
     }
-    std::fill_n(to, (KEYS - keys)*CHUNK, 0.0f);
+    std::fill_n(to, (scored(keys) - keys)*CHUNK, 0.0f);
 }
 
 // Of a turbo type, as bytes [key][CHUNK], and their scales, which are 0 for the keys that are not there.
@@ -92,9 +103,9 @@ void decode_int16(const char * from, size_t stride, int keys, int32_t * to, floa
     std::fill_n(scales + keys, KEYS - keys, 0.0f);
 }
 
-void transpose_tile(const int32_t * rows, int columns, int32_t * to) { // KEYS x columns
+void transpose_tile(const int32_t * rows, int columns, int keys, int32_t * to) { // KEYS x columns; only what scores of `keys` keys read
     for (int c = 0; c < columns; c += TURBO_F32_LANES) {
-        for (int key = 0; key < KEYS; key += TURBO_F32_LANES) {
+        for (int key = 0; key < scored(keys); key += TURBO_F32_LANES) {
             turbo_transpose(rows + key*columns + c, columns, to + c*KEYS + key, KEYS);
         }
     }
@@ -132,10 +143,10 @@ struct register_tile {
 // scores[r][key] = sum over chunks of scale_q * scale_k * dot of int8; keys: [chunk][16][KEYS] words of 4 bytes
 template <int R>
 void score_int8(const int32_t * query, const float * query_scale, const int32_t * query_sum, const int32_t * keys,
-                const float * key_scale, int chunks, float * scores) {
-    constexpr int STEP = TURBO_SCORE_KEYS, WORDS = CHUNK/4;
+                const float * key_scale, int chunks, int n_keys, float * scores) {
+    constexpr int STEP = SCORE_STEP/TURBO_F32_LANES, WORDS = CHUNK/4;
     register_tile<R, STEP> sum;
-    for (int key = 0; key < KEYS; key += STEP*TURBO_F32_LANES) {
+    for (int key = 0; key < n_keys; key += SCORE_STEP) {
         sum.zero();
         for (int c = 0; c < chunks; ++c) {
             turbo_i32 dot[R][STEP];
@@ -160,10 +171,10 @@ void score_int8(const int32_t * query, const float * query_scale, const int32_t 
 
 // The same with float32 queries and keys, [value][KEYS].
 template <int R>
-void score_f32(const float * query, const float * keys, int values, float * scores) {
-    constexpr int STEP = TURBO_SCORE_KEYS;
+void score_f32(const float * query, const float * keys, int values, int n_keys, float * scores) {
+    constexpr int STEP = SCORE_STEP/TURBO_F32_LANES;
     register_tile<R, STEP> sum;
-    for (int key = 0; key < KEYS; key += STEP*TURBO_F32_LANES) {
+    for (int key = 0; key < n_keys; key += SCORE_STEP) {
         sum.zero();
         for (int d = 0; d < values; ++d) {
             for (int j = 0; j < STEP; ++j) {
@@ -298,6 +309,8 @@ struct scratch {
     float *   memory;      // all of the above; null: only counted
     size_t    used = 0;    // floats of it
 
+    uint16_t * masks;      // [ROWS][KEYS], where those of the operator do not serve
+
     scratch(float * work, int64_t size_k, int64_t size_v) : memory(work) {
         query       = take(ROWS*size_k);
         query_int8  = (int8_t *) take(ROWS*size_k/4);
@@ -311,6 +324,7 @@ struct scratch {
         key_scale   = take(KEYS*(size_k/CHUNK));
         value_scale = take(KEYS);
         units       = take(ROWS);
+        masks       = (uint16_t *) take(ROWS*KEYS/2);
     }
 
     float * take(size_t n) {
@@ -327,8 +341,9 @@ struct scratch {
 // its ring and of the batch.
 struct part {
     const ggml_tensor * k, * v;
-    const ggml_tensor * mask;   // null: every query sees every key
-    int64_t             column; // of the mask, of the first key
+    const ggml_tensor * mask;    // null: every query sees every key
+    int64_t             column;  // of the mask, of the first key
+    const ggml_tensor * columns; // null, or of the cache's keys in the window's mask
 
     int64_t n_keys() const { return k->ne[1]; }
 
@@ -341,11 +356,49 @@ struct part {
     }
 };
 
+// Which keys of a tile the recent window has, too.
+struct covered {
+    const int32_t * columns; // of the window's mask
+    int             keys;
+    bool            any, all_in_a_row;
+
+    covered(const part & p, int64_t stream, int64_t key0, int keys) : keys(keys), any(false), all_in_a_row(false) {
+        if (!p.columns) {
+            return;
+        }
+        columns = (const int32_t *) ((const char *) p.columns->data + stream*p.columns->nb[3]) + key0;
+        int32_t none = -1, jumps = 0;
+        for (int key = 0; key < keys; ++key) {
+            none  &= columns[key];
+            jumps |= columns[key] - columns[0] - key;
+        }
+        any          = none != -1;
+        all_in_a_row = !jumps && columns[0] >= 0;
+    }
+
+    // Masks what a query sees in the window, whose mask this is.
+    void hide(uint16_t * mask, const uint16_t * window) const {
+        if (all_in_a_row) { // as the cells of a batch are
+            for (int key = 0; key < keys; ++key) {
+                mask[key] = window[columns[0] + key] != HALF_MINUS_INFINITY ? HALF_MINUS_INFINITY : mask[key];
+            }
+            return;
+        }
+        for (int key = 0; key < keys; ++key) {
+            if (columns[key] >= 0 && window[columns[key]] != HALF_MINUS_INFINITY) {
+                mask[key] = HALF_MINUS_INFINITY;
+            }
+        }
+    }
+};
+
 struct attention {
     const ggml_tensor * dst, * q, * sinks;
 
     part parts[3];
     int  n_parts;
+
+    ggml_tensor ring_k, ring_v; // of parts[1]
 
     float scale, max_bias, softcap;
 
@@ -360,12 +413,14 @@ struct attention {
 
     explicit attention(const ggml_tensor * op) : dst(op), q(op->src[0]), sinks(op->src[4]), n_parts(1) {
         const float * factors = (const float *) op->op_params;
-        parts[0] = { op->src[1], op->src[2], op->src[3], 0 };
+        parts[0] = { op->src[1], op->src[2], op->src[3], 0, nullptr };
         if (turbo_is_window_attention(op)) {
             const ggml_tensor * mask = op->src[TURBO_WINDOW_MASK_W];
-            factors  = turbo_window_params(op);
-            parts[1] = { op->src[TURBO_WINDOW_RING_K], op->src[TURBO_WINDOW_RING_V], mask, 0 };
-            parts[2] = { op->src[TURBO_WINDOW_NEW_K],  op->src[TURBO_WINDOW_NEW_V],  mask, parts[1].n_keys() };
+            factors = turbo_window_params(op);
+            turbo_window_ring(op, &ring_k, &ring_v);
+            parts[0].columns = op->src[TURBO_WINDOW_COLUMNS];
+            parts[1] = { &ring_k, &ring_v, mask, 0, nullptr };
+            parts[2] = { op->src[TURBO_WINDOW_NEW_K], op->src[TURBO_WINDOW_NEW_V], mask, ring_k.ne[1], nullptr };
             n_parts  = 3;
         }
         scale = factors[0], max_bias = factors[1], softcap = factors[2];
@@ -383,6 +438,8 @@ struct attention {
         range_keys = ((n_keys + wanted - 1)/wanted + KEYS - 1)/KEYS*KEYS;
         n_ranges   = (n_keys + range_keys - 1)/range_keys;
     }
+
+    attention(const attention &) = delete;
 
     static bool supports(const ggml_tensor * op) {
         const attention a(op);
@@ -453,23 +510,46 @@ struct attention {
         }
     }
 
-    bool all_masked(const part & p, int64_t stream, int64_t kv_head, int64_t row0, int n, int64_t key, int keys) const {
+    // The keys of a tile that some row sees lie in [begin, end).
+    struct extent {
+        int begin, end;
+    };
+
+    // Masks of KEYS entries for the rows of a tile.
+    extent load_masks(const scratch & s, const part & p, int64_t stream, int64_t kv_head, int64_t row0, int n, int64_t key0, int keys,
+                      const uint16_t ** masks) const {
+        const covered in_window(p, stream, key0, keys);
+        uint16_t visible[KEYS] = {};
         const uint16_t * before = nullptr;
         for (int r = 0; r < n; ++r) {
-            const uint16_t * m = mask_of(p, stream, kv_head, row0 + r) + key;
-            if (m == before) {
+            const uint16_t * m = p.mask ? mask_of(p, stream, kv_head, row0 + r) + key0 : nullptr;
+            if (r > 0 && m == before) { // another head of the same query
+                masks[r] = masks[r - 1];
                 continue;
             }
-            before = m;
-            uint32_t visible = 0; // all at once: looking for the first is slower
-            for (int i = 0; i < keys; ++i) {
-                visible |= m[i] ^ HALF_MINUS_INFINITY;
+            before = masks[r] = m;
+            if (!m || keys < KEYS || in_window.any) { // no mask is a mask of zeros; keys past the end are masked
+                uint16_t * own = s.masks + r*KEYS;
+                for (int key = 0; key < KEYS; ++key) {
+                    own[key] = key >= keys ? HALF_MINUS_INFINITY : m ? m[key] : 0;
+                }
+                if (in_window.any) {
+                    in_window.hide(own, mask_of(parts[1], stream, kv_head, row0 + r));
+                }
+                masks[r] = own;
             }
-            if (visible) {
-                return false;
+            for (int key = 0; key < KEYS; ++key) {
+                visible[key] |= masks[r][key] ^ HALF_MINUS_INFINITY;
             }
         }
-        return true;
+        extent seen = { 0, KEYS };
+        while (seen.end > 0 && !visible[seen.end - 1]) {
+            --seen.end;
+        }
+        while (seen.begin < seen.end && !visible[seen.begin]) {
+            ++seen.begin;
+        }
+        return seen;
     }
 
     void load_keys(const scratch & s, const ggml_tensor * k, int64_t stream, int64_t kv_head, int64_t key0, int keys) const {
@@ -482,33 +562,34 @@ struct attention {
                     decode_f32(k->type, from, k->nb[1], keys, s.rows);
                 }
                 const int words = bits != 0 ? CHUNK/4 : CHUNK; // of 4 bytes, for each key
-                transpose_tile((const int32_t *) s.rows, words, (int32_t *) s.keys + c*words*KEYS);
+                transpose_tile((const int32_t *) s.rows, words, keys, (int32_t *) s.keys + c*words*KEYS);
             });
         }
     }
 
-    void score(const scratch & s, ggml_type type_k, int n) const {
+    void score(const scratch & s, ggml_type type_k, int keys, int n) const {
         const int chunks = size_k/CHUNK;
         by_rows(n, [&](int r, auto count) {
             if (turbo_bits(type_k)) {
                 score_int8<count>((const int32_t *) s.query_int8 + r*size_k/4, s.query_scale + r*chunks, s.query_sum + r*chunks,
-                                  (const int32_t *) s.keys, s.key_scale, chunks, s.scores + r*KEYS);
+                                  (const int32_t *) s.keys, s.key_scale, chunks, keys, s.scores + r*KEYS);
             } else {
-                score_f32<count>(s.query + r*size_k, s.keys, size_k, s.scores + r*KEYS);
+                score_f32<count>(s.query + r*size_k, s.keys, size_k, keys, s.scores + r*KEYS);
             }
         });
     }
 
-    // Scores of a row become weights; row_mask has KEYS entries.
-    void softmax(float * scores, const uint16_t * row_mask, float slope, partial & row) const {
+    // Scores of a row become weights; row_mask has KEYS entries, of which those from `keys` on are masked.
+    void softmax(float * scores, const uint16_t * row_mask, int keys, float slope, partial & row) const {
+        keys = scored(keys);
         turbo_f32 largest = turbo_f32_set1(-INFINITY);
         if (softcap != 0.0f) {
-            for (int key = 0; key < KEYS; ++key) {
+            for (int key = 0; key < keys; ++key) {
                 scores[key] = softcap*tanhf(scores[key]*(scale/softcap));
             }
         }
         const turbo_f32 factor = turbo_f32_set1(softcap != 0.0f ? 1.0f : scale), slopes = turbo_f32_set1(slope);
-        for (int key = 0; key < KEYS; key += TURBO_F32_LANES) {
+        for (int key = 0; key < keys; key += TURBO_F32_LANES) {
             const turbo_f32 bias = turbo_f32_mul(slopes, turbo_f32_from_half(row_mask + key));
             const turbo_f32 x    = turbo_f32_fma(factor, turbo_f32_load(scores + key), bias);
             turbo_f32_store(scores + key, x);
@@ -518,12 +599,13 @@ struct attention {
         // a row that has seen no key yet: every weight is 0
         const turbo_f32 offset = turbo_f32_set1(row.largest == -INFINITY ? 0.0f : -row.largest);
         turbo_f32 total = turbo_f32_set1(0.0f);
-        for (int key = 0; key < KEYS; key += TURBO_F32_LANES) {
+        for (int key = 0; key < keys; key += TURBO_F32_LANES) {
             const turbo_f32 w = exp_negative(turbo_f32_add(turbo_f32_load(scores + key), offset));
             turbo_f32_store(scores + key, w);
             total = turbo_f32_add(total, w);
         }
         row.total += turbo_f32_total(total);
+        std::fill(scores + keys, scores + KEYS, 0.0f);
     }
 
     void add(const scratch & s, const ggml_tensor * v, int64_t stream, int64_t kv_head, int64_t key0, int keys, int n) const {
@@ -590,22 +672,20 @@ struct attention {
 
         auto attend = [&](const part & p, int64_t begin, int64_t end) {
             for (int64_t key0 = begin; key0 < end; key0 += KEYS) {
-                const int keys = (int) std::min<int64_t>(KEYS, end - key0);
-                if (p.mask && all_masked(p, stream, kv_head, row0, n, key0, keys)) {
+                const uint16_t * masks[ROWS];
+                const extent seen = load_masks(s, p, stream, kv_head, row0, n, key0, (int) std::min<int64_t>(KEYS, end - key0), masks);
+                if (seen.end == 0) {
                     continue;
                 }
+                if (seen.begin >= SCORE_STEP) { // a tile begins where there is something to see
+                    key0 += seen.begin - KEYS;
+                    continue;
+                }
+                const int keys = seen.end;
                 load_keys(s, p.k, stream, kv_head, key0, keys);
-                score(s, p.k->type, n);
+                score(s, p.k->type, keys, n);
                 for (int r = 0; r < n; ++r) {
-                    uint16_t padded[KEYS];
-                    const uint16_t * row_mask = p.mask ? mask_of(p, stream, kv_head, row0 + r) + key0 : nullptr;
-                    if (!row_mask || keys < KEYS) { // no mask is a mask of zeros; keys past the end are masked
-                        for (int key = 0; key < KEYS; ++key) {
-                            padded[key] = key >= keys ? HALF_MINUS_INFINITY : row_mask ? row_mask[key] : 0;
-                        }
-                        row_mask = padded;
-                    }
-                    softmax(s.scores + r*KEYS, row_mask, slopes[r], rows[r]);
+                    softmax(s.scores + r*KEYS, masks[r], keys, slopes[r], rows[r]);
                 }
                 add(s, p.v, stream, kv_head, key0, keys, n);
             }

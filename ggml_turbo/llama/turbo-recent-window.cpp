@@ -5,6 +5,7 @@
 #include "llama-impl.h"
 #include "llama-kv-cells.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -17,7 +18,15 @@ static const uint32_t TAKEN_BACK = 16;
 
 static uint32_t number(const char * variable, uint32_t otherwise) {
     const char * text = getenv(variable);
-    return text && *text ? (uint32_t) std::strtoul(text, nullptr, 10) : otherwise;
+    if (!text || !*text) {
+        return otherwise;
+    }
+    char * end;
+    const long long value = std::strtoll(text, &end, 10);
+    if (*end || value < 0 || value > INT32_MAX) {
+        throw std::runtime_error(format("%s is '%s', which is not a number of tokens", variable, text));
+    }
+    return (uint32_t) value;
 }
 
 static bool is_turbo(ggml_type type) {
@@ -25,14 +34,14 @@ static bool is_turbo(ggml_type type) {
 }
 
 llama_turbo_window::size llama_turbo_window::size::wanted(ggml_type type_k, ggml_type type_v) {
-    const uint32_t recent = number("LLAMA_ARG_CACHE_WINDOW", is_turbo(type_k) || is_turbo(type_v) ? 32 : 0);
+    const uint32_t recent = number("LLAMA_ARG_CACHE_WINDOW", is_turbo(type_k) || is_turbo(type_v) ? 64 : 0);
     return { recent, recent ? number("LLAMA_ARG_CACHE_SINKS", 4) : 0 };
 }
 
 std::shared_ptr<llama_turbo_window> llama_turbo_window::make(
         const std::vector<cache> & caches, ggml_type type_k, ggml_type type_v, bool v_trans, uint32_t n_stream, uint32_t n_seq,
         bool no_alloc) {
-    const size sizes = size::wanted(type_k, type_v);
+    size sizes = size::wanted(type_k, type_v);
     if (!sizes.recent || !(ggml_is_quantized(type_k) || ggml_is_quantized(type_v)) || caches.empty()) {
         return nullptr;
     }
@@ -51,22 +60,25 @@ std::shared_ptr<llama_turbo_window> llama_turbo_window::make(
         return nullptr;
     }
 
+    const uint32_t cells = caches[0].k->ne[1];
+    sizes = { std::min(sizes.recent, cells), std::min(sizes.sinks, cells) };
+
     auto made = std::make_shared<llama_turbo_window>();
     made->sizes   = sizes;
     made->n_seq_slots = sizes.sinks + sizes.recent + TAKEN_BACK;
     made->n_slots     = n_seq*made->n_seq_slots + 1;
     made->poison  = number("LLAMA_TURBO_WINDOW_POISON", 0) != 0;
     made->entries.assign(n_stream, std::vector<entry>(made->n_slots, { 0, 0, -1 }));
-    made->versions.assign(n_stream, std::vector<uint32_t>(caches[0].k->ne[1], 0));
+    made->versions.assign(n_stream, std::vector<uint32_t>(cells, 0));
 
-    made->ctx.reset(ggml_init({ 2*caches.size()*ggml_tensor_overhead(), nullptr, true }));
-    auto tensor = [&](const ggml_tensor * like) {
-        ggml_tensor * t = ggml_new_tensor_3d(made->ctx.get(), GGML_TYPE_F16, like->ne[0], made->n_slots, n_stream);
-        ggml_format_name(t, "%s_window", like->name);
-        return t;
-    };
+    made->ctx.reset(ggml_init({ caches.size()*ggml_tensor_overhead(), nullptr, true }));
+    size_t bytes = 0;
     for (const cache & c : caches) {
-        made->rings.push_back({ tensor(c.k), tensor(c.v) });
+        ggml_tensor * t = ggml_new_tensor_3d(made->ctx.get(), GGML_TYPE_F16, c.k->ne[0] + c.v->ne[0], made->n_slots, n_stream);
+        ggml_format_name(t, "%s_window", c.k->name);
+        made->rings.push_back(t);
+        made->size_k.push_back(c.k->ne[0]);
+        bytes += ggml_nbytes(t);
     }
     ggml_backend_buffer_type_t buft = ggml_backend_cpu_buffer_type();
     if (no_alloc) {
@@ -81,10 +93,6 @@ std::shared_ptr<llama_turbo_window> llama_turbo_window::make(
         }
         ggml_backend_buffer_clear(made->buf.get(), 0);
     }
-    size_t bytes = 0;
-    for (const ring & r : made->rings) {
-        bytes += ggml_nbytes(r.k) + ggml_nbytes(r.v);
-    }
     LLAMA_LOG_INFO("llama_kv_cache: recent window: the last %u tokens and the first %u of each sequence in f16, %.2f MiB\n",
         sizes.recent, sizes.sinks, bytes/1024.0/1024.0);
     return made;
@@ -92,32 +100,24 @@ std::shared_ptr<llama_turbo_window> llama_turbo_window::make(
 
 // ---- graphs ----
 
-static ggml_tensor * ring_view(ggml_context * ctx, ggml_tensor * ring, int64_t head_size, uint32_t first, uint32_t n) {
-    const int64_t slots = ring->ne[1], kv_heads = ring->ne[0]/head_size;
-    return ggml_view_4d(ctx, ring, head_size, slots, kv_heads, n,
-        ring->nb[1], head_size*ggml_element_size(ring), ring->nb[2], first*ring->nb[2]);
+ggml_tensor * llama_turbo_window::ring(ggml_context * ctx, uint32_t layer, uint32_t first, uint32_t n) const {
+    ggml_tensor * r = rings[layer];
+    return ggml_view_4d(ctx, r, r->ne[0], r->ne[1], 1, n, r->nb[1], r->nb[2], r->nb[2], first*r->nb[2]);
 }
 
-ggml_tensor * llama_turbo_window::ring_k(ggml_context * ctx, uint32_t layer, int64_t head_size, uint32_t first, uint32_t n) const {
-    return ring_view(ctx, rings[layer].k, head_size, first, n);
-}
-
-ggml_tensor * llama_turbo_window::ring_v(ggml_context * ctx, uint32_t layer, int64_t head_size, uint32_t first, uint32_t n) const {
-    return ring_view(ctx, rings[layer].v, head_size, first, n);
-}
-
-static ggml_tensor * store(ggml_context * ctx, ggml_tensor * ring, ggml_tensor * x, ggml_tensor * rows) {
-    ggml_tensor * all   = ggml_reshape_2d(ctx, ring, ring->ne[0], ring->ne[1]*ring->ne[2]);
-    ggml_tensor * batch = ggml_view_2d(ctx, x, x->ne[0]*x->ne[1], x->ne[2], x->nb[2], 0);
+static ggml_tensor * store(ggml_context * ctx, ggml_tensor * ring, int64_t channel, ggml_tensor * x, ggml_tensor * rows) {
+    const int64_t channels = x->ne[0]*x->ne[1];
+    ggml_tensor * all   = ggml_view_2d(ctx, ring, channels, ring->ne[1]*ring->ne[2], ring->nb[1], channel*ring->nb[0]);
+    ggml_tensor * batch = ggml_view_2d(ctx, x, channels, x->ne[2], x->nb[2], 0);
     return ggml_set_rows(ctx, all, batch, rows);
 }
 
 ggml_tensor * llama_turbo_window::store_k(ggml_context * ctx, uint32_t layer, ggml_tensor * k, ggml_tensor * rows) const {
-    return store(ctx, rings[layer].k, k, rows);
+    return store(ctx, rings[layer], 0, k, rows);
 }
 
 ggml_tensor * llama_turbo_window::store_v(ggml_context * ctx, uint32_t layer, ggml_tensor * v, ggml_tensor * rows) const {
-    return store(ctx, rings[layer].v, v, rows);
+    return store(ctx, rings[layer], size_k[layer], v, rows);
 }
 
 // ---- what is in the ring ----
@@ -129,10 +129,8 @@ void llama_turbo_window::written(const std::vector<place> & places) {
 }
 
 void llama_turbo_window::copy(uint32_t from, uint32_t to) {
-    for (const ring & r : rings) {
-        for (ggml_tensor * t : { r.k, r.v }) {
-            memcpy((char *) t->data + to*t->nb[2], (const char *) t->data + from*t->nb[2], t->nb[2]);
-        }
+    for (ggml_tensor * r : rings) {
+        memcpy((char *) r->data + to*r->nb[2], (const char *) r->data + from*r->nb[2], r->nb[2]);
     }
     entries[to]  = entries[from];
     versions[to] = versions[from];
@@ -158,17 +156,15 @@ uint32_t llama_turbo_window::slot_of(llama_pos pos, uint32_t seq) const {
 }
 
 void llama_turbo_window::spoil(uint32_t stream, uint32_t slot) const {
-    for (const ring & r : rings) {
-        for (ggml_tensor * t : { r.k, r.v }) {
-            ggml_fp16_t * row = (ggml_fp16_t *) ((char *) t->data + slot*t->nb[1] + stream*t->nb[2]);
-            std::fill_n(row, t->ne[0], ggml_fp32_to_fp16(30000.0f));
-        }
+    for (ggml_tensor * r : rings) {
+        ggml_fp16_t * row = (ggml_fp16_t *) ((char *) r->data + slot*r->nb[1] + stream*r->nb[2]);
+        std::fill_n(row, r->ne[0], ggml_fp32_to_fp16(30000.0f));
     }
 }
 
 void llama_turbo_window::set_inputs(
         const std::vector<place> & places, const llama_ubatch & ubatch, const std::vector<llama_kv_cells> & cells,
-        ggml_tensor * mask, ggml_tensor * window_mask, ggml_tensor * rows) {
+        const ggml_tensor * mask, ggml_tensor * window_mask, ggml_tensor * columns, ggml_tensor * rows) {
     const int64_t n_streams = mask->ne[3], n_queries = places.size()/n_streams;
 
     struct candidate { // a key that is at hand in full precision
@@ -196,14 +192,18 @@ void llama_turbo_window::set_inputs(
         for (int64_t i = 0; i < n_queries; ++i) {
             candidates.push_back({ places[first + i].cell, n_slots + (uint32_t) i, ubatch.pos[first + i] });
         }
+        int32_t * column_of = (int32_t *) ((char *) columns->data + s*columns->nb[3]);
+        std::fill_n(column_of, columns->ne[0], -1);
+        for (const candidate & c : candidates) {
+            column_of[c.cell] = c.column;
+        }
         for (int64_t i = 0; i < n_queries; ++i) {
-            ggml_fp16_t * of_cache  = (ggml_fp16_t *) ((char *) mask->data + i*mask->nb[1] + s*mask->nb[3]);
-            ggml_fp16_t * of_window = (ggml_fp16_t *) ((char *) window_mask->data + i*window_mask->nb[1] + s*window_mask->nb[3]);
+            const ggml_fp16_t * of_cache  = (const ggml_fp16_t *) ((const char *) mask->data + i*mask->nb[1] + s*mask->nb[3]);
+            ggml_fp16_t *       of_window = (ggml_fp16_t *) ((char *) window_mask->data + i*window_mask->nb[1] + s*window_mask->nb[3]);
             std::fill_n(of_window, window_mask->ne[0], MASKED);
             for (const candidate & c : candidates) {
                 if (sees(ubatch.pos[first + i], c.pos)) {
                     of_window[c.column] = of_cache[c.cell];
-                    of_cache[c.cell]    = MASKED;
                 }
             }
         }

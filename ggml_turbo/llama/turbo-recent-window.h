@@ -23,7 +23,7 @@ struct llama_ubatch;
 class llama_turbo_window {
 public:
     // What the window is to be: LLAMA_ARG_CACHE_WINDOW and LLAMA_ARG_CACHE_SINKS, which --cache-window and --cache-sinks
-    // set. By default 32 and 4 with a turbo type, and no window with any other.
+    // set. By default 64 and 4 with a turbo type, and no window with any other.
     struct size {
         uint32_t recent, sinks;
 
@@ -50,9 +50,8 @@ public:
 
     uint32_t slots() const { return n_slots; } // of a stream
 
-    // A layer's ring as attention takes it: [head size, slots, KV heads, streams], for n streams from the first one on.
-    ggml_tensor * ring_k(ggml_context * ctx, uint32_t layer, int64_t head_size, uint32_t first, uint32_t n) const;
-    ggml_tensor * ring_v(ggml_context * ctx, uint32_t layer, int64_t head_size, uint32_t first, uint32_t n) const;
+    // A layer's ring as attention takes it, for n streams from the first one on.
+    ggml_tensor * ring(ggml_context * ctx, uint32_t layer, uint32_t first, uint32_t n) const;
 
     // Nodes that keep what should be kept of a batch's k and v, [head size, KV heads, tokens]; rows: as set_inputs says.
     ggml_tensor * store_k(ggml_context * ctx, uint32_t layer, ggml_tensor * k, ggml_tensor * rows) const;
@@ -74,12 +73,11 @@ public:
     // All of a stream may have changed.
     void forget(uint32_t stream);
 
-    // Inputs of a graph. places: of the batch's tokens, those of a stream together. mask: F16 [keys, queries, 1, streams]
-    // of the cache, in which what the window covers becomes -inf; window_mask: F16 [slots + queries, queries, 1, streams];
-    // rows: I64 [tokens], of the ring.
+    // Inputs of a graph. places: of the batch's tokens, those of a stream together. mask: of the cache, which is set. The
+    // next two are attention's (turbo-window.h); rows: I64 [tokens], of the ring.
     void set_inputs(
         const std::vector<place> & places, const llama_ubatch & ubatch, const std::vector<llama_kv_cells> & cells,
-        ggml_tensor * mask, ggml_tensor * window_mask, ggml_tensor * rows);
+        const ggml_tensor * mask, ggml_tensor * window_mask, ggml_tensor * columns, ggml_tensor * rows);
 
 private:
     struct entry {
@@ -88,16 +86,13 @@ private:
         llama_pos pos;     // -1: nothing is there
     };
 
-    struct ring {
-        ggml_tensor * k, * v; // F16 [channels, slots, streams]
-    };
-
     size     sizes;
     uint32_t n_seq_slots; // of a sequence
     uint32_t n_slots;     // of all sequences, and a last one that takes what is not kept
     bool     poison;      // for tests: what was forgotten becomes conspicuous
 
-    std::vector<ring>                  rings;    // by layer
+    std::vector<ggml_tensor *>         rings;    // by layer: F16 [channels of keys, then of values; slots, streams]
+    std::vector<int64_t>               size_k;   // by layer: channels of keys
     std::vector<std::vector<entry>>    entries;  // by stream and slot
     std::vector<std::vector<uint32_t>> versions; // by stream and cell: how often it was written
 

@@ -4,24 +4,22 @@
 #include "llama-kv-cache.h"
 #include "turbo-window.h"
 
-#include <cstring>
-
 llm_graph_input_turbo_window::llm_graph_input_turbo_window(
-        ggml_context * ctx, cache_of_batch cache, ggml_tensor * kq_mask, int64_t n_tokens)
+        ggml_context * ctx, cache_of_batch cache, const ggml_tensor * kq_mask, int64_t n_tokens)
     : cache(std::move(cache)), kq_mask(kq_mask) {
     const int64_t n_queries = kq_mask->ne[1], n_streams = kq_mask->ne[3];
     const int64_t slots     = this->cache()->get_turbo_window()->slots();
-    mask        = ggml_dup_tensor(ctx, kq_mask);
     window_mask = ggml_new_tensor_4d(ctx, GGML_TYPE_F16, slots + n_queries, n_queries, 1, n_streams);
+    columns     = ggml_new_tensor_4d(ctx, GGML_TYPE_I32, kq_mask->ne[0], 1, 1, n_streams);
     rows        = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n_tokens);
-    for (ggml_tensor * t : { mask, window_mask, rows }) {
+    for (ggml_tensor * t : { window_mask, columns, rows }) {
         ggml_set_input(t);
     }
 }
 
 void llm_graph_input_turbo_window::set_input(const llama_ubatch * ubatch) {
-    memcpy(mask->data, kq_mask->data, ggml_nbytes(mask)); // set before: inputs are set in the order they were added in
-    cache()->turbo_set_window(*ubatch, mask, window_mask, rows);
+    // kq_mask was set just before: inputs are set in the order they were added in
+    cache()->turbo_set_window(*ubatch, kq_mask, window_mask, columns, rows);
 }
 
 // Keys, values or queries of a batch [head size, heads, tokens] as attention takes them: [head size, tokens, heads, streams].
@@ -43,7 +41,6 @@ ggml_tensor * llama_turbo_attend(
         return nullptr;
     }
     if (!input) {
-        ggml_build_forward_expand(gf, kq_mask); // which would have no memory otherwise
         auto made = std::make_unique<llm_graph_input_turbo_window>(ctx, cache, kq_mask, q->ne[2]);
         input = (llm_graph_input_turbo_window *) res->add_input(std::move(made));
     }
@@ -55,16 +52,16 @@ ggml_tensor * llama_turbo_attend(
     const uint32_t first     = cache()->turbo_first_stream();
 
     ggml_tensor * sources[TURBO_WINDOW_SOURCES];
-    sources[TURBO_WINDOW_Q]      = by_stream(ctx, q, n_streams);
-    sources[TURBO_WINDOW_K]      = ggml_permute(ctx, k, 0, 2, 1, 3);
-    sources[TURBO_WINDOW_V]      = ggml_permute(ctx, v, 0, 2, 1, 3);
-    sources[TURBO_WINDOW_MASK]   = input->mask;
-    sources[TURBO_WINDOW_SINKS]  = sinks;
-    sources[TURBO_WINDOW_RING_K] = window->ring_k(ctx, layer, k->ne[0], first, n_streams);
-    sources[TURBO_WINDOW_RING_V] = window->ring_v(ctx, layer, v->ne[0], first, n_streams);
-    sources[TURBO_WINDOW_NEW_K]  = by_stream(ctx, own_k, n_streams);
-    sources[TURBO_WINDOW_NEW_V]  = by_stream(ctx, own_v, n_streams);
-    sources[TURBO_WINDOW_MASK_W] = input->window_mask;
+    sources[TURBO_WINDOW_Q]       = by_stream(ctx, q, n_streams);
+    sources[TURBO_WINDOW_K]       = ggml_permute(ctx, k, 0, 2, 1, 3);
+    sources[TURBO_WINDOW_V]       = ggml_permute(ctx, v, 0, 2, 1, 3);
+    sources[TURBO_WINDOW_MASK]    = kq_mask;
+    sources[TURBO_WINDOW_SINKS]   = sinks;
+    sources[TURBO_WINDOW_RING]    = window->ring(ctx, layer, first, n_streams);
+    sources[TURBO_WINDOW_NEW_K]   = by_stream(ctx, own_k, n_streams);
+    sources[TURBO_WINDOW_NEW_V]   = by_stream(ctx, own_v, n_streams);
+    sources[TURBO_WINDOW_MASK_W]  = input->window_mask;
+    sources[TURBO_WINDOW_COLUMNS] = input->columns;
     ggml_tensor * cur = turbo_window_attention(
         ctx, sources, kq_scale, hparams.f_max_alibi_bias, hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f);
     cur = ggml_reshape_2d(ctx, cur, cur->ne[0]*cur->ne[1], cur->ne[2]*cur->ne[3]);

@@ -18,14 +18,14 @@ public:
     // The cache of the batch at hand: graphs are used again with other batches.
     using cache_of_batch = std::function<const llama_kv_cache_context *()>;
 
-    llm_graph_input_turbo_window(ggml_context * ctx, cache_of_batch cache, ggml_tensor * kq_mask, int64_t n_tokens);
+    // kq_mask: of the cache, F16 [keys, queries, 1, streams].
+    llm_graph_input_turbo_window(ggml_context * ctx, cache_of_batch cache, const ggml_tensor * kq_mask, int64_t n_tokens);
 
     void set_input(const llama_ubatch * ubatch) override;
     bool can_reuse(const llm_graph_params &) override { return true; } // the input of the cache itself has the same sizes
 
-    ggml_tensor * mask;        // F16 [keys, queries, 1, streams]: of the cache, without what the window covers
-    ggml_tensor * window_mask; // F16 [slots + queries, queries, 1, streams]
-    ggml_tensor * rows;        // I64 [tokens]: where the ring keeps them
+    ggml_tensor * window_mask, * columns; // as attention takes them
+    ggml_tensor * rows;                   // I64 [tokens]: where the ring keeps them
 
     // By the cache's index of a layer: keys and values of the batch, for layers that share them.
     std::map<uint32_t, std::pair<ggml_tensor *, ggml_tensor *>> own;

@@ -16,7 +16,8 @@ class Window:
     """Keys and values that are at hand in full precision beside those of a cache (turbo-window.h).
 
     ring_k, ring_v: float16 (sequences, slots, KV heads, head size). new_k, new_v: float32 (sequences, tokens, KV heads,
-    head size). mask: float16 (1 or sequences, 1, queries, slots + tokens).
+    head size). mask: float16 (sequences, 1, queries, slots + tokens). columns: int32 (sequences, keys of the cache), in
+    mask, of the same key; -1 if it is not there.
     """
 
     ring_k: NDArray[np.float16]
@@ -24,6 +25,13 @@ class Window:
     new_k: NDArray[np.float32]
     new_v: NDArray[np.float32]
     mask: NDArray[np.float16]
+    columns: NDArray[np.int32]
+
+    @property
+    def ring(self) -> NDArray[np.float16]:
+        """Keys and values side by side, as the operator takes them: (sequences, 1, slots, channels)."""
+        rows = [part.reshape(*part.shape[:2], -1) for part in (self.ring_k, self.ring_v)]
+        return np.concatenate(rows, axis=-1)[:, None]
 
 
 @dataclass(frozen=True)
@@ -65,9 +73,10 @@ class Attention(ggml.Graph):
         sinks = None if problem.sinks is None else self.tensor(problem.sinks, "f32", heads, 1, 1, 1)
         factors = problem.scale, problem.max_bias, problem.softcap
         if window := problem.window:
-            parts = [(window.ring_k, "f16"), (window.ring_v, "f16"), (window.new_k, "f32"), (window.new_v, "f32")]
-            more = [self._cache(rows, type, rows.shape[-1]) for rows, type in parts]
-            sources = (ctypes.c_void_p * 10)(q, k, v, mask, sinks, *more, self._mask(window.mask))
+            ring = self.tensor(window.ring, "f16", *window.ring.shape[::-1])
+            new = [self._cache(rows, "f32", rows.shape[-1]) for rows in (window.new_k, window.new_v)]
+            columns = self.tensor(window.columns, "i32", window.columns.shape[1], 1, 1, window.columns.shape[0])
+            sources = (ctypes.c_void_p * 10)(q, k, v, mask, sinks, ring, *new, self._mask(window.mask), columns)
             self._out = self.operator("turbo_window_attention", sources, *factors)
         else:
             self._out = self.operator("ggml_flash_attn_ext", q, k, v, mask, *factors)

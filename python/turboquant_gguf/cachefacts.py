@@ -22,6 +22,7 @@ _CACHE_LINE = re.compile(
     r"llama_kv_cache: size = +[\d.]+ MiB \( *(?P<cells>\d+) cells,.*?\), "
     r"K \((?P<k>\w+)\): +(?P<k_mib>[\d.]+) MiB, V \((?P<v>\w+)\): +(?P<v_mib>[\d.]+) MiB"
 )
+_WINDOW_LINE = re.compile(r"llama_kv_cache: recent window: .*? in f16, (?P<mib>[\d.]+) MiB")
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,12 @@ class CacheFacts:
     """A context's KV cache in effect.
 
     parts: (tokens it can hold, bytes) of each cache; a model with sliding windows has two, of which the window's
-    is shorter and never grows.
+    is shorter and never grows. recent: bytes of the last tokens at full precision (docs/recent-window.md).
     """
 
     types: CacheTypes
     parts: tuple[tuple[int, float], ...]
+    recent: float = 0
 
     @property
     def cells(self) -> int:
@@ -43,7 +45,7 @@ class CacheFacts:
     @property
     def size(self) -> int:
         """Bytes of all of it."""
-        return round(sum(size for _, size in self.parts))
+        return round(self.recent + sum(size for _, size in self.parts))
 
     @property
     def size_per_token(self) -> float:
@@ -52,7 +54,7 @@ class CacheFacts:
 
     def size_of(self, tokens: float) -> float:
         """Bytes that hold a context of `tokens`; a sliding window's cache is full at its own length."""
-        return sum(size * min(1, tokens / cells) for cells, size in self.parts)
+        return self.recent + sum(size * min(1, tokens / cells) for cells, size in self.parts)
 
     def tokens_in(self, memory: int) -> int:
         """How many tokens of context fit in `memory` bytes."""
@@ -76,4 +78,5 @@ def require(log: str, asked: CacheTypes) -> CacheFacts:
             raise TurboquantError(
                 f"The KV cache was asked to be {asked} and is {types}. This is a fault of the build: please report it."
             )
-    return CacheFacts(asked, tuple((cells, size) for cells, _, size in parts))
+    recent = sum(float(line["mib"]) for line in _WINDOW_LINE.finditer(log)) * MIB
+    return CacheFacts(asked, tuple((cells, size) for cells, _, size in parts), recent)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -57,14 +58,29 @@ def _fingerprint(file: GGUFModel) -> str:
     return digest.hexdigest()[:16]
 
 
-@cache
 def build() -> dict:
     """The versions of this package and of the libraries that compute, and the environment's switches for them."""
+    return {"turboquant_gguf": version("turboquant-gguf"), "llama_cpp": _libraries()} | switches()
+
+
+def switches() -> dict[str, str]:
+    """The environment's switches."""
+    return {name: os.environ[name] for name in _VARIABLES if name in os.environ}
+
+
+def switch(to: Mapping[str, str]) -> None:
+    """Make the environment's switches those that `switches` said elsewhere."""
+    for name in _VARIABLES:
+        os.environ.pop(name, None)
+    os.environ.update(to)
+
+
+@cache
+def _libraries() -> str:
     digest = hashlib.sha256()
     for name in _LIBRARIES:
         digest.update(ggml.library_path(name).read_bytes())
-    switches = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
-    return {"turboquant_gguf": version("turboquant-gguf"), "llama_cpp": digest.hexdigest()[:12]} | switches
+    return digest.hexdigest()[:12]
 
 
 @cache

@@ -89,7 +89,7 @@ def on_cluster(address: str, cells: Sequence[Cell]) -> Iterator[Found]:
         ) from error
     with client:
         # Dask gives the cell of a worker that died to another one, and gives up after a few.
-        futures = {client.submit(_found, cell, pure=False): cell for cell in cells}
+        futures = {client.submit(_found, cell, provenance.switches(), pure=False): cell for cell in cells}
         try:
             for future in as_completed(futures):
                 cell = futures[future]
@@ -103,6 +103,7 @@ def on_cluster(address: str, cells: Sequence[Cell]) -> Iterator[Found]:
             client.cancel(list(futures))
 
 
-def _found(cell: Cell) -> tuple[list[Row | Failure], dict[str, Any]]:
-    """The work of a Dask worker."""
+def _found(cell: Cell, switches: dict[str, str]) -> tuple[list[Row | Failure], dict[str, Any]]:
+    """The work of a Dask worker. switches: of the environment where the sweep was started."""
+    provenance.switch(switches)
     return list(_measured(cell)), provenance.machine()

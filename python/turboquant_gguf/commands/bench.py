@@ -29,6 +29,7 @@ NOTE = (
 @click.command(epilog=EPILOG, short_help="Measure the speed of cache types against f16.")
 @click.argument("model", type=click.Path(path_type=Path), required=False)
 @options.types(library.DEFAULT_TYPES, "f16 is always measured.")
+@options.window
 @click.option(
     "--depths",
     default=",".join(map(str, library.DEFAULT_DEPTHS)),

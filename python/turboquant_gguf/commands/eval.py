@@ -35,6 +35,7 @@ NOTE = (
     help="Tasks, groups or tags of lm-eval, separated by commas (lm-eval ls tasks lists them).",
 )
 @options.types(library.DEFAULT_TYPES, "f16 is always measured.")
+@options.window
 @click.option(
     "--task-folder",
     type=click.Path(path_type=Path, exists=True, file_okay=False),

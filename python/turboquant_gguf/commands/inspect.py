@@ -37,6 +37,7 @@ Examples:
     show_default=", ".join(library.DEFAULT_TYPES),  # with blanks, where lines may break
     help="Cache types, separated by commas; each is tried for keys and for values.",
 )
+@options.window
 @click.option("--json", "as_json", is_flag=True, help="Print all of it, every pair of types, as JSON.")
 def inspect(file: Path, memory: int | None, types: str, as_json: bool) -> None:
     """Show what the GGUF FILE holds, what its KV cache takes with every pair of types, and what fits in memory.

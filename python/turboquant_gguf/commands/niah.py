@@ -47,6 +47,7 @@ def _percentage(word: str) -> float:
 @click.command(epilog=EPILOG, short_help="Find a needle in a haystack with each cache type.")
 @click.argument("model", type=click.Path(path_type=Path))
 @options.types(library.DEFAULT_TYPES, "f16 is always asked.")
+@options.window
 @click.option(
     "--lengths",
     callback=options.numbers(least=1),

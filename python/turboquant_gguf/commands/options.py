@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -22,6 +23,32 @@ def types(default: Sequence[str], more: str) -> Callable:
         show_default=", ".join(default),  # with blanks, where lines may break
         help=f"Cache types, separated by commas; K:V sets keys and values apart. {more}",
     )
+
+
+def window(command: Callable) -> Callable:
+    """The options --cache-window and --cache-sinks. They set the variables that every program of llama.cpp reads."""
+    for name, what, default in (
+        ("SINKS", "first", "4, where there is a window"),
+        ("WINDOW", "last", "64 with turbo types, 0 with others"),
+    ):
+        command = click.option(
+            f"--cache-{name.lower()}",
+            type=click.IntRange(min=0),
+            metavar="N",
+            expose_value=False,
+            callback=_variable,
+            help=f"Keep the {what} N tokens at full precision beside a quantized cache. [default: {default}]",
+        )(command)
+    return command
+
+
+def _variable(context: click.Context, parameter: click.Parameter, value: int | None) -> int | None:
+    if value is not None:
+        variable = f"LLAMA_ARG_{parameter.name.upper()}"
+        before = os.environ.get(variable)
+        os.environ[variable] = str(value)
+        context.call_on_close(lambda: os.environ.pop(variable) if before is None else os.environ.update({variable: before}))
+    return value
 
 
 def numbers(*, least: int) -> Callable[[click.Context, click.Parameter, str | None], tuple[int, ...] | None]:

@@ -39,6 +39,7 @@ NOTE = (
     help=f"What to read: a UTF-8 file, or {texts.WIKITEXT}, which is fetched.",
 )
 @options.types(quality.DEFAULT_TYPES, "Each is compared with --base.")
+@options.window
 @click.option("--base", default="f16", show_default=True, help="What they are compared with: f16, or f32.")
 @click.option(
     "--context",

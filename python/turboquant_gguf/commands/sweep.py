@@ -47,6 +47,7 @@ def _kinds(_context: click.Context, _parameter: click.Parameter, text: str) -> t
     help="An SQLite file that measurements are added to; what it has is not measured again.",
 )
 @options.types(library.DEFAULT_TYPES, "f16 is always measured.")
+@options.window
 @click.option(
     "--measure",
     default=",".join(library.KINDS),
