@@ -1,4 +1,4 @@
-"""Prints the nodes of a model's graph, as libllama in LLAMA_CPP_LIB_PATH builds it: python graph_nodes.py MODEL TYPES"""
+"""Prints the nodes of a model's graph as libllama in LLAMA_CPP_LIB_PATH builds it: python graph_nodes.py MODEL TYPES"""
 
 import ctypes
 import os

@@ -1,6 +1,7 @@
 """Quality of caches: the numbers against llama-perplexity and against their definitions; stopping and going on."""
 
 import json
+import os
 import re
 import signal
 import sqlite3
@@ -259,6 +260,20 @@ def test_types_that_do_not_fit_the_model_are_listed(tmp_path, random_text):
     assert done.exit_code == 1
     assert [json.loads(line)["type_k"] for line in done.stdout.splitlines()] == ["f16", "f32"]
     assert "turbo4: This model's heads hold 80 values" in done.stderr
+
+
+def test_recent_window_is_an_option_and_part_of_what_is_known(tiny, random_text, tmp_path):
+    """With a window that is longer than the context nothing is lost; without one it is; both are kept apart."""
+    arguments = ["ppl", str(tiny), "--text", str(random_text), "--context", "32", "--types", "turbo2", "--json"]
+    arguments += ["--results", str(tmp_path / "results.sqlite")]
+    losses = []
+    for option in (["--cache-window", "0"], ["--cache-window", "40"], []):
+        done = CliRunner().invoke(cli.cli, [*arguments, *option])
+        assert done.exit_code == 0, done.output
+        losses.append(json.loads(done.stdout)["kld_mean"])
+        assert "LLAMA_ARG_CACHE_WINDOW" not in os.environ
+    assert losses[1] < losses[0] / 100
+    assert losses[2] == pytest.approx(losses[1])  # the default
 
 
 def test_json(tiny, random_text, tmp_path):

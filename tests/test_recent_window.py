@@ -164,7 +164,8 @@ def eight_interleaved(cache: Sequences) -> np.ndarray:
     lengths, found = [50] * 8, []
     for i in range(6):  # some take part, some wait
         taking_part = [sequence for sequence in range(8) if (sequence + i) % 3]
-        found.append(cache.read(*((PROMPT[60 + sequence + i], lengths[sequence], sequence) for sequence in taking_part)))
+        entries = ((PROMPT[60 + sequence + i], lengths[sequence], sequence) for sequence in taking_part)
+        found.append(cache.read(*entries))
         for sequence in taking_part:
             lengths[sequence] += 1
     return np.concatenate(found)

@@ -3,8 +3,9 @@
 
     python tools/quality_table.py wiki.test.raw
 
-measures SmolLM2-135M-Instruct, as it is and with calibrated keys, with the recent window that is the default and without,
-and puts what comes out into README.md, docs/quality.png and python/turboquant_gguf/data/reference.json. What was measured is kept: interrupted, it
+measures SmolLM2-135M-Instruct, as it is and with calibrated keys, with the recent window that is the default and
+without, and puts what comes out into README.md, docs/quality.png and
+python/turboquant_gguf/data/reference.json. What was measured is kept: interrupted, it
 goes on from there.
 """
 

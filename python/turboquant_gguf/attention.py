@@ -61,7 +61,10 @@ class Problem:
 
 
 class Attention(ggml.Graph):
-    """A graph of that one operator, ready to run; with a window of the operator that knows of it. Raises ValueError for a type that ggml does not have."""
+    """A graph of that one operator, ready to run; with a window, of turbo_window_attention.
+
+    Raises ValueError for a type that ggml does not have.
+    """
 
     def __init__(self, problem: Problem, threads: int = 1, *, reference: bool = False) -> None:
         super().__init__(threads, reference=reference)

@@ -45,9 +45,14 @@ def window(command: Callable) -> Callable:
 def _variable(context: click.Context, parameter: click.Parameter, value: int | None) -> int | None:
     if value is not None:
         variable = f"LLAMA_ARG_{parameter.name.upper()}"
-        before = os.environ.get(variable)
+        before = {variable: os.environ[variable]} if variable in os.environ else {}
+
+        def undo() -> None:
+            del os.environ[variable]
+            os.environ.update(before)
+
         os.environ[variable] = str(value)
-        context.call_on_close(lambda: os.environ.pop(variable) if before is None else os.environ.update({variable: before}))
+        context.call_on_close(undo)
     return value
 
 
