@@ -47,7 +47,7 @@ def main(text: Path, windows: int, context: int, results: Path | None) -> None:
     if not calibrated.exists():  # made again with other threads it would be a little different, and so another model
         calibrate(model, calibrated, console=console)
 
-    def measured(path: Path, types: Sequence[str] = TYPES) -> quality.Report:
+    def measured(path: Path, types: Sequence[str] = TYPES, results: Path = results) -> quality.Report:
         found = quality.ppl(
             path, text=str(text), types=types, context=context, windows=windows, results=results, console=console
         )
@@ -58,7 +58,8 @@ def main(text: Path, windows: int, context: int, results: Path | None) -> None:
     found = [measured(model), measured(calibrated)]
     os.environ["LLAMA_ARG_CACHE_WINDOW"] = "0"
     turbo = [name for name in TYPES if "turbo" in name]  # others have no window anyway
-    without = [measured(model, turbo), measured(calibrated, turbo)]
+    apart = results.with_stem(f"{results.stem}-no-window")  # the plot shows what is in `results`
+    without = [measured(model, turbo, apart), measured(calibrated, turbo, apart)]
     _write(ROOT / "README.md", _in_readme(_table(*without, *found)))
     report(results, outputs=[PLOT], models=[path.stem for path in (model, calibrated)], console=console)
     _write(REFERENCE, json.dumps(_reference(*found), indent=2) + "\n")
