@@ -34,7 +34,7 @@ static const ggml_fp16_t * mask_of(const struct part * p, int64_t query, int64_t
     return (const ggml_fp16_t *) row_of(p->mask, query, head % p->mask->ne[2], stream % p->mask->ne[3]) + p->column;
 }
 
-static float slope_of(int64_t head, int64_t n_heads, float max_bias) { // ALiBi (arXiv 2108.12409)
+float turbo_alibi_slope(int64_t head, int64_t n_heads, float max_bias) {
     if (max_bias <= 0.0f) {
         return 1.0f;
     }
@@ -63,7 +63,7 @@ static void compute(struct ggml_tensor * dst, int ith, int nth, void * userdata)
     for (int64_t row = ith; row < n_rows; row += nth) {
         const int64_t head = row % n_heads, query = row/n_heads % q->ne[1], stream = row/n_heads/q->ne[1];
         const float * x     = (const float *) row_of(q, query, head, stream);
-        const float   slope = slope_of(head, n_heads, max_bias);
+        const float   slope = turbo_alibi_slope(head, n_heads, max_bias);
         float * out = (float *) ((char *) dst->data + head*dst->nb[1] + query*dst->nb[2] + stream*dst->nb[3]);
         float largest = -INFINITY, total = 0.0f;
         const int32_t * columns = (const int32_t *) row_of(src[TURBO_WINDOW_COLUMNS], 0, 0, stream);

@@ -38,6 +38,9 @@ GGML_API bool turbo_is_window_attention(const struct ggml_tensor * op);
 // Keys and values of a node's ring, as those of the cache are.
 GGML_API void turbo_window_ring(const struct ggml_tensor * op, struct ggml_tensor * k, struct ggml_tensor * v);
 
+// What a query head multiplies the mask with: ALiBi (arXiv 2108.12409); 1 without.
+GGML_API float turbo_alibi_slope(int64_t head, int64_t n_heads, float max_bias);
+
 // scale, max_bias and softcap of a node, as in GGML_OP_FLASH_ATTN_EXT.
 GGML_API const float * turbo_window_params(const struct ggml_tensor * op);
 

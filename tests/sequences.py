@@ -12,6 +12,10 @@ from turboquant_gguf.cachetypes import CacheTypes
 from turboquant_gguf.logits import EXACT, Model
 
 
+WINDOW_SLOTS = 64 + 4 + 16
+"""Of the recent window that turbo types have by default: in f16, for each sequence; a cache has one more."""
+
+
 class Sequences:
     """A context of several sequences. A context manager.
 

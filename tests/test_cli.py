@@ -11,6 +11,7 @@ import time
 import pytest
 from rich.console import Console
 
+from sequences import WINDOW_SLOTS
 import turboquant_gguf
 from turboquant_gguf import cli
 from turboquant_gguf.demo import Measurement, table
@@ -64,7 +65,7 @@ def test_demo_as_json(smollm2):
     f16, turbo = json.loads(done.stdout)
     assert (turbo["types"], turbo["type_k"], turbo["type_v"]) == ("turbo4:turbo3", "turbo4", "turbo3")
     assert f16["context"] == turbo["context"] == 512
-    window = 16 * (64 + 4 + 16 + 1)  # bits of a channel, of the tokens that are kept in f16 as well
+    window = 16 * (WINDOW_SLOTS + 1)  # bits of a channel, of the tokens that are kept in f16 as well
     assert f16["cache_bytes"] / turbo["cache_bytes"] == pytest.approx(512 * 16 / (512 * 3.75 + window), rel=0.01)
     assert turbo["tokens_per_gib"] > 4 * f16["tokens_per_gib"]
     assert f16["perplexity"] < turbo["perplexity"] < 1.2 * f16["perplexity"]

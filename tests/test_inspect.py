@@ -11,6 +11,7 @@ from pathlib import Path
 import gguf
 import pytest
 import tiny_architectures
+from sequences import WINDOW_SLOTS
 from rich.console import Console
 
 from turboquant_gguf import cachefacts, ggufile, inspection, inspectiontables, native, server
@@ -21,7 +22,6 @@ from turboquant_gguf.modelmemory import F16, MOST_TOKENS, STEP, ModelMemory, Ref
 COMMAND = (sys.executable, "-m", "turboquant_gguf.cli", "inspect")
 MIB, GIB = 1 << 20, 1 << 30
 TYPES = inspection.DEFAULT_TYPES
-RECENT = 64  # tokens, of the window that turbo types have by default
 WITH_CACHE = [name for name in tiny_architectures.ARCHITECTURES if name not in ("mamba", "bert")]
 
 
@@ -243,7 +243,7 @@ def test_windows_alone_hold_any_context(tmp_path):
     report = inspection.inspect(file=path, types=("turbo4",), memory=GIB)
     (pair,) = report.caches.pairs
     assert (pair.bytes_per_token, pair.longest_context) == (0, MOST_TOKENS)
-    ring = 2 * (RECENT + 4 + 16 + 1)  # bytes of a channel: f16; a last slot takes what is not kept
+    ring = 2 * (WINDOW_SLOTS + 1)  # bytes of a channel: f16; a last slot takes what is not kept
     assert pair.fixed_bytes == 5 * 2 * 256 * (34 * (tiny_architectures.WINDOW + 512) // 64 + ring)
 
 

@@ -18,6 +18,7 @@ from turboquant_gguf.verify import EXACT, compare
 
 F16, TURBO3, Q4_0 = map(CacheTypes.parse, ("f16", "turbo3", "q4_0"))
 PROMPT = list(range(1000, 1120))
+SMALL_PROMPT = [token % checkpoints.VOCABULARY for token in PROMPT]
 
 
 # ---- what it covers is exact ----
@@ -39,13 +40,12 @@ ARCHITECTURES = {  # with what makes their heads 64 wide
 def test_a_window_longer_than_the_context(name, unified, tmp_path):
     """As near to float32 as an f16 cache, whose flash attention rounds queries and sums as well."""
     model = checkpoints.gguf(tmp_path, name, **ARCHITECTURES[name])
-    prompt = [token % checkpoints.VOCABULARY for token in PROMPT]
     found = {}
     for types, window in ((EXACT, 0), (F16, 0), (Q4_0, 0), (Q4_0, 256)):
         with Sequences(model, types, window=window, unified=unified) as cache:
-            cache.prompt(prompt[:50])
+            cache.prompt(SMALL_PROMPT[:50])
             found[types, window] = np.concatenate(
-                [cache.prompt(prompt[50:100], first=50), cache.answer(prompt[100:], 100)]
+                [cache.prompt(SMALL_PROMPT[50:100], first=50), cache.answer(SMALL_PROMPT[100:], 100)]
             )
     exact, *others = found.values()
     half, without, within = (compare(exact, other).relative_error for other in others)
@@ -89,16 +89,14 @@ def test_without_a_window_the_graph_is_the_old_one(smollm2, stock_libraries):
     assert nodes("turbo3").count("CUSTOM") == 30
 
 
-def test_batches_and_single_tokens_see_the_same(tmp_path):
+def test_batches_and_single_tokens_see_the_same(tiny):
     """The window is a matter of positions, not of batches. Weights are not quantized, which would blow up roundings."""
-    model = checkpoints.gguf(tmp_path, "stablelm, head size 64")
-    prompt = [token % checkpoints.VOCABULARY for token in PROMPT]
     found = []
     for sizes in ((120,), (1,) * 120, (50, 1, 1, 30, 38)):
-        with Sequences(model, TURBO3, window=32) as cache:
+        with Sequences(tiny, TURBO3, window=32) as cache:
             first = 0
             for size in sizes:
-                last = cache.prompt(prompt[first : first + size], first=first)[-1:]
+                last = cache.prompt(SMALL_PROMPT[first : first + size], first=first)[-1:]
                 first += size
         found.append(last)
     for other in found[1:]:
@@ -221,31 +219,27 @@ def test_nothing_stale_is_read(calibrated, scenario: Callable[[Sequences], np.nd
 
 
 @pytest.mark.parametrize("unified", [True, False])
-def test_drafts_that_are_rejected_leave_no_trace(unified, tmp_path):
+def test_drafts_that_are_rejected_leave_no_trace(unified, tiny):
     """The ring has room for what is taken back: the window before it is whole."""
-    model = checkpoints.gguf(tmp_path, "stablelm, head size 64")
-    prompt = [token % checkpoints.VOCABULARY for token in PROMPT]
-    with Sequences(model, TURBO3, window=32, unified=unified) as cache:
-        cache.prompt(prompt[:100])
-        expected = cache.answer(prompt[100:110], 100)
+    with Sequences(tiny, TURBO3, window=32, unified=unified) as cache:
+        cache.prompt(SMALL_PROMPT[:100])
+        expected = cache.answer(SMALL_PROMPT[100:110], 100)
         cache.remove(0, 100, -1)
         found = []
         for i in range(10):
-            cache.prompt(prompt[:16], first=100 + i)
+            cache.prompt(SMALL_PROMPT[:16], first=100 + i)
             cache.remove(0, 100 + i, -1)
-            found.append(cache.read((prompt[100 + i], 100 + i, 0)))
+            found.append(cache.read((SMALL_PROMPT[100 + i], 100 + i, 0)))
     assert compare(expected, np.concatenate(found)).relative_error < 1e-3
 
 
 @pytest.mark.parametrize("unified", [True, False])
-def test_a_copied_sequence_has_the_window_of_the_first(unified, tmp_path):
-    model = checkpoints.gguf(tmp_path, "stablelm, head size 64")
-    prompt = [token % checkpoints.VOCABULARY for token in PROMPT]
-    with Sequences(model, TURBO3, window=32, unified=unified) as cache:
-        cache.prompt(prompt[:100])
+def test_a_copied_sequence_has_the_window_of_the_first(unified, tiny):
+    with Sequences(tiny, TURBO3, window=32, unified=unified) as cache:
+        cache.prompt(SMALL_PROMPT[:100])
         cache.copy(0, 1)
-        copied = cache.answer(prompt[100:110], 100, 1)
-        assert compare(cache.answer(prompt[100:110], 100, 0), copied).relative_error < 1e-3
+        copied = cache.answer(SMALL_PROMPT[100:110], 100, 1)
+        assert compare(cache.answer(SMALL_PROMPT[100:110], 100, 0), copied).relative_error < 1e-3
 
 
 @pytest.mark.parametrize("name", ["gemma3", "gpt-oss"])

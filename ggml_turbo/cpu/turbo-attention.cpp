@@ -295,7 +295,7 @@ struct partial { // of a row over a range of keys
 // One thread's memory; pointers into ggml's work buffer.
 struct scratch {
     float *   query;       // [ROWS][head size of K]
-    int8_t *  query_int8;  // [ROWS][head size of K], in units of
+    int8_t *  query_int8;  // [ROWS][head size of K], for turbo keys
     float *   query_scale; // [ROWS][chunks of K]
     int32_t * query_sum;   // [ROWS][chunks of K]
     float *   keys;        // [head size of K][KEYS], float32 or int8
@@ -306,10 +306,9 @@ struct scratch {
     int16_t * weights;     // [ROWS][KEYS], rounded
     float *   units;       // [ROWS] of the rounded weights
     float *   out;         // [ROWS][head size of V]
+    uint16_t * masks;      // [ROWS][KEYS], where those of the operator do not serve
     float *   memory;      // all of the above; null: only counted
     size_t    used = 0;    // floats of it
-
-    uint16_t * masks;      // [ROWS][KEYS], where those of the operator do not serve
 
     scratch(float * work, int64_t size_k, int64_t size_v) : memory(work) {
         query       = take(ROWS*size_k);
@@ -464,14 +463,6 @@ struct attention {
     const uint16_t * mask_of(const part & p, int64_t stream, int64_t kv_head, int64_t row) const {
         return (const uint16_t *) ((const char *) p.mask->data + query_of(row)*p.mask->nb[1]
             + head_of(kv_head, row) % p.mask->ne[2]*p.mask->nb[2] + stream % p.mask->ne[3]*p.mask->nb[3]) + p.column;
-    }
-
-    float slope_of(int64_t head) const { // ALiBi (arXiv 2108.12409)
-        if (max_bias <= 0.0f) {
-            return 1.0f;
-        }
-        const int64_t power = (int64_t) 1 << (int) floorf(log2f((float) n_heads));
-        return head < power ? powf(2.0f, -max_bias/power*(head + 1)) : powf(2.0f, -max_bias/2/power*(2*(head - power) + 1));
     }
 
     // the values from c*64 on of a key's head
@@ -666,7 +657,7 @@ struct attention {
             load_query(s, r, (const float *) ((const char *) q->data
                 + query_of(row0 + r)*q->nb[1] + h*q->nb[2] + stream*q->nb[3]));
             rows[r].out = s.out + r*size_v;
-            slopes[r]   = slope_of(h);
+            slopes[r]   = turbo_alibi_slope(h, n_heads, max_bias);
         }
         std::fill_n(s.out, n*size_v, 0.0f);
 

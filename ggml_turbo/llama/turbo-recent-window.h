@@ -13,7 +13,6 @@
 #include "ggml-cpp.h"
 
 #include <cstdint>
-#include <map>
 #include <memory>
 #include <vector>
 
