@@ -7,6 +7,8 @@
 // Values     turbo: codebook entries as 16-bit integers, two keys side by side, against weights times the keys' scales,
 //            rounded to 16 bits of the largest among 64 keys; sums over 64 keys are exact integers. Other types: float32.
 // Softmax    online (Milakov and Gimelshein, arXiv 1805.02867), all in float32.
+// Parts      With a recent window there are three sets of keys and values, each with its mask: the cache, the ring of the
+//            window and the batch itself. Rows that see nothing of a tile of keys are left out of it.
 // Splitting  Where there are few rows, the keys are split into ranges whose partial results are merged at the end.
 //            The ranges depend on the shapes alone, so the result does not depend on the number of threads.
 //
@@ -261,6 +263,14 @@ void by_rows(int n_rows, F && f) {
     }
 }
 
+bool sees_any(const uint16_t * mask, int keys) {
+    uint16_t bits = 0;
+    for (int key = 0; key < keys; ++key) {
+        bits |= mask[key] ^ HALF_MINUS_INFINITY;
+    }
+    return bits != 0;
+}
+
 // exp(x) for x <= 0, exactly 0 below -87; relative error under 2^-22 (Taylor's polynomial on |r| <= ln(2)/2).
 turbo_f32 exp_negative(turbo_f32 x) {
     const turbo_f32 n = turbo_f32_round(turbo_f32_mul(x, turbo_f32_set1(1.44269504f)));
@@ -501,39 +511,73 @@ struct attention {
         }
     }
 
-    // The keys of a tile that some row sees lie in [begin, end).
-    struct extent {
-        int begin, end;
+    // What the rows of a tile see of some keys: keys [begin, end), by none but the rows of these runs. Where sequences share
+    // a cache, most rows see nothing of most keys.
+    struct view {
+        struct run {
+            int first, count;
+        };
+
+        int begin, end, n_runs;
+        run runs[ROWS];
+
+        // As by_rows, for the rows that see something.
+        template <typename F>
+        void by_rows(F && f) const {
+            for (int i = 0; i < n_runs; ++i) {
+                ::by_rows(runs[i].count, [&](int r, auto count) { f(runs[i].first + r, count); });
+            }
+        }
+
+        template <typename F>
+        void each_row(F && f) const {
+            for (int i = 0; i < n_runs; ++i) {
+                for (int r = runs[i].first; r < runs[i].first + runs[i].count; ++r) {
+                    f(r);
+                }
+            }
+        }
     };
 
-    // Masks of KEYS entries for the rows of a tile.
-    extent load_masks(const scratch & s, const part & p, int64_t stream, int64_t kv_head, int64_t row0, int n, int64_t key0, int keys,
-                      const uint16_t ** masks) const {
+    // masks: of KEYS entries, for the rows that see something.
+    view load_masks(const scratch & s, const part & p, int64_t stream, int64_t kv_head, int64_t row0, int n, int64_t key0, int keys,
+                    const uint16_t ** masks) const {
         const covered in_window(p, stream, key0, keys);
         uint16_t visible[KEYS] = {};
+        view seen = { 0, KEYS, 0, {} };
         const uint16_t * before = nullptr;
+        bool sees = false;
         for (int r = 0; r < n; ++r) {
             const uint16_t * m = p.mask ? mask_of(p, stream, kv_head, row0 + r) + key0 : nullptr;
             if (r > 0 && m == before) { // another head of the same query
                 masks[r] = masks[r - 1];
+            } else {
+                before = masks[r] = m;
+                sees   = !m || sees_any(m, keys);
+                if (sees && (!m || keys < KEYS || in_window.any)) { // no mask is a mask of zeros; keys past the end are masked
+                    uint16_t * own = s.masks + r*KEYS;
+                    for (int key = 0; key < KEYS; ++key) {
+                        own[key] = key >= keys ? HALF_MINUS_INFINITY : m ? m[key] : 0;
+                    }
+                    if (in_window.any) {
+                        in_window.hide(own, mask_of(parts[1], stream, kv_head, row0 + r));
+                        sees = sees_any(own, KEYS);
+                    }
+                    masks[r] = own;
+                }
+                for (int key = 0; sees && key < KEYS; ++key) {
+                    visible[key] |= masks[r][key] ^ HALF_MINUS_INFINITY;
+                }
+            }
+            if (!sees) {
                 continue;
             }
-            before = masks[r] = m;
-            if (!m || keys < KEYS || in_window.any) { // no mask is a mask of zeros; keys past the end are masked
-                uint16_t * own = s.masks + r*KEYS;
-                for (int key = 0; key < KEYS; ++key) {
-                    own[key] = key >= keys ? HALF_MINUS_INFINITY : m ? m[key] : 0;
-                }
-                if (in_window.any) {
-                    in_window.hide(own, mask_of(parts[1], stream, kv_head, row0 + r));
-                }
-                masks[r] = own;
-            }
-            for (int key = 0; key < KEYS; ++key) {
-                visible[key] |= masks[r][key] ^ HALF_MINUS_INFINITY;
+            if (seen.n_runs > 0 && seen.runs[seen.n_runs - 1].first + seen.runs[seen.n_runs - 1].count == r) {
+                ++seen.runs[seen.n_runs - 1].count;
+            } else {
+                seen.runs[seen.n_runs++] = { r, 1 };
             }
         }
-        extent seen = { 0, KEYS };
         while (seen.end > 0 && !visible[seen.end - 1]) {
             --seen.end;
         }
@@ -558,9 +602,9 @@ struct attention {
         }
     }
 
-    void score(const scratch & s, ggml_type type_k, int keys, int n) const {
-        const int chunks = size_k/CHUNK;
-        by_rows(n, [&](int r, auto count) {
+    void score(const scratch & s, ggml_type type_k, const view & seen) const {
+        const int chunks = size_k/CHUNK, keys = seen.end;
+        seen.by_rows([&](int r, auto count) {
             if (turbo_bits(type_k)) {
                 score_int8<count>((const int32_t *) s.query_int8 + r*size_k/4, s.query_scale + r*chunks, s.query_sum + r*chunks,
                                   (const int32_t *) s.keys, s.key_scale, chunks, keys, s.scores + r*KEYS);
@@ -599,20 +643,19 @@ struct attention {
         std::fill(scores + keys, scores + KEYS, 0.0f);
     }
 
-    void add(const scratch & s, const ggml_tensor * v, int64_t stream, int64_t kv_head, int64_t key0, int keys, int n) const {
+    void add(const scratch & s, const ggml_tensor * v, int64_t stream, int64_t kv_head, int64_t key0, const view & seen) const {
+        const int keys = seen.end;
         for (int64_t c = 0; c < size_v/CHUNK; ++c) {
             const char * from = chunk(v, stream, kv_head, key0, c);
             by_bits(v->type, [&](auto bits) {
                 if constexpr (bits != 0) {
                     decode_int16<bits>(from, v->nb[1], keys, (int32_t *) s.rows, s.value_scale);
-                    for (int r = 0; r < n; ++r) {
-                        s.units[r] = round_weights(s.scores + r*KEYS, s.value_scale, s.weights + r*KEYS);
-                    }
+                    seen.each_row([&](int r) { s.units[r] = round_weights(s.scores + r*KEYS, s.value_scale, s.weights + r*KEYS); });
                 } else {
                     decode_f32(v->type, from, v->nb[1], keys, s.rows);
                 }
             });
-            by_rows(n, [&](int r, auto count) {
+            seen.by_rows([&](int r, auto count) {
                 float * out = s.out + r*size_v + c*CHUNK;
                 if (turbo_bits(v->type)) {
                     add_int16<count>((const int32_t *) s.weights + r*KEYS/2, s.units + r, (const int32_t *) s.rows, keys, out, size_v);
@@ -664,7 +707,7 @@ struct attention {
         auto attend = [&](const part & p, int64_t begin, int64_t end) {
             for (int64_t key0 = begin; key0 < end; key0 += KEYS) {
                 const uint16_t * masks[ROWS];
-                const extent seen = load_masks(s, p, stream, kv_head, row0, n, key0, (int) std::min<int64_t>(KEYS, end - key0), masks);
+                const view seen = load_masks(s, p, stream, kv_head, row0, n, key0, (int) std::min<int64_t>(KEYS, end - key0), masks);
                 if (seen.end == 0) {
                     continue;
                 }
@@ -672,13 +715,10 @@ struct attention {
                     key0 += seen.begin - KEYS;
                     continue;
                 }
-                const int keys = seen.end;
-                load_keys(s, p.k, stream, kv_head, key0, keys);
-                score(s, p.k->type, keys, n);
-                for (int r = 0; r < n; ++r) {
-                    softmax(s.scores + r*KEYS, masks[r], keys, slopes[r], rows[r]);
-                }
-                add(s, p.v, stream, kv_head, key0, keys, n);
+                load_keys(s, p.k, stream, kv_head, key0, seen.end);
+                score(s, p.k->type, seen);
+                seen.each_row([&](int r) { softmax(s.scores + r*KEYS, masks[r], seen.end, slopes[r], rows[r]); });
+                add(s, p.v, stream, kv_head, key0, seen);
             }
         };
         attend(parts[0], range*range_keys, std::min(n_keys, (range + 1)*range_keys));
