@@ -1,10 +1,12 @@
 #include "turbo-window.h"
 
 #include <math.h>
+#include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
 
-// What op_params holds: first what ggml's custom operators have there.
+// What op_params holds: first what ggml's custom operators have there. It is copied in and out, since op_params is aligned
+// for less than a pointer.
 struct params {
     ggml_custom_op_t fun;
     int              n_tasks;
@@ -130,7 +132,9 @@ struct ggml_tensor * turbo_window_attention(
 }
 
 bool turbo_is_window_attention(const struct ggml_tensor * op) {
-    return op->op == GGML_OP_CUSTOM && ((const struct params *) op->op_params)->fun == compute;
+    struct params params;
+    memcpy(&params, op->op_params, sizeof(params));
+    return op->op == GGML_OP_CUSTOM && params.fun == compute;
 }
 
 void turbo_window_ring(const struct ggml_tensor * op, struct ggml_tensor * k, struct ggml_tensor * v) {
@@ -146,5 +150,5 @@ void turbo_window_ring(const struct ggml_tensor * op, struct ggml_tensor * k, st
 }
 
 const float * turbo_window_params(const struct ggml_tensor * op) {
-    return ((const struct params *) op->op_params)->factors;
+    return (const float *) ((const char *) op->op_params + offsetof(struct params, factors));
 }
