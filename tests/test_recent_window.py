@@ -1,5 +1,6 @@
 """The recent window: what it covers is exact, and whatever moves in the cache, nothing stale is ever read."""
 
+import ctypes
 import os
 import re
 import subprocess
@@ -218,19 +219,98 @@ def test_nothing_stale_is_read(calibrated, scenario: Callable[[Sequences], np.nd
     assert errors[1] < errors[0] * 1.1, errors
 
 
+@pytest.mark.parametrize("length", [16, 64])
 @pytest.mark.parametrize("unified", [True, False])
-def test_drafts_that_are_rejected_leave_no_trace(unified, tiny):
-    """The ring has room for what is taken back: the window before it is whole."""
-    with Sequences(tiny, TURBO3, window=32, unified=unified) as cache:
+def test_drafts_that_are_rejected_leave_no_trace(unified, length, tiny):
+    """The ring has room for what is taken back: the window before it is whole. 64 is the most that llama-server drafts."""
+    with Sequences(tiny, TURBO3, window=32, unified=unified, sequences=1) as cache:
         cache.prompt(SMALL_PROMPT[:100])
         expected = cache.answer(SMALL_PROMPT[100:110], 100)
         cache.remove(0, 100, -1)
         found = []
         for i in range(10):
-            cache.prompt(SMALL_PROMPT[:16], first=100 + i)
-            cache.remove(0, 100 + i, -1)
-            found.append(cache.read((SMALL_PROMPT[100 + i], 100 + i, 0)))
+            draft = cache.prompt(SMALL_PROMPT[100 + i : 101 + i] + SMALL_PROMPT[:length], first=100 + i)
+            cache.remove(0, 101 + i, -1)
+            found.append(draft[:1])
     assert compare(expected, np.concatenate(found)).relative_error < 1e-3
+
+
+@pytest.mark.parametrize("unified", [True, False])
+def test_a_saved_sequence_gives_the_logits_it_had(unified, tiny):
+    """Its window is saved with it. In a cache without a window, or from one, it loads as well."""
+    with Sequences(tiny, TURBO3, window=32, unified=unified) as cache:
+        cache.prompt(SMALL_PROMPT[:100])
+        state = cache.saved(0)
+        expected = cache.answer(SMALL_PROMPT[100:110], 100)
+        cache.remove(0, -1, -1)
+        cache.prompt(SMALL_PROMPT[::-1])
+        cache.restore(state, 0)
+        assert compare(expected, cache.answer(SMALL_PROMPT[100:110], 100)).relative_error < 1e-3
+        cache.restore(state, 3)
+        assert compare(expected, cache.answer(SMALL_PROMPT[100:110], 100, 3)).relative_error < 1e-3
+    with Sequences(tiny, TURBO3, window=0, unified=unified) as cache:
+        cache.prompt(SMALL_PROMPT[:100])
+        bare = cache.saved(0)
+        without = cache.answer(SMALL_PROMPT[100:110], 100)
+        cache.restore(state, 1)
+        assert compare(expected, cache.answer(SMALL_PROMPT[100:110], 100, 1)).relative_error < 0.5
+    with Sequences(tiny, TURBO3, window=32, unified=unified) as cache:
+        cache.restore(bare, 0)
+        error = compare(expected, cache.answer(SMALL_PROMPT[100:110], 100)).relative_error
+    assert len(bare) < len(state)
+    assert 1e-3 < error < 2 * compare(expected, without).relative_error
+
+
+@pytest.mark.parametrize("unified", [True, False])
+def test_a_restored_sequence_takes_nothing_from_others(unified, tiny):
+    with Sequences(tiny, TURBO3, window=32, unified=unified) as cache:
+        cache.prompt(SMALL_PROMPT[:100])
+        expected = cache.answer(SMALL_PROMPT[100:110], 100)
+        cache.remove(0, 100, -1)
+        cache.prompt(SMALL_PROMPT[::-1][:60], sequence=1)
+        state = cache.saved(1)
+        cache.remove(1, -1, -1)
+        cache.restore(state, 1)
+        assert compare(expected, cache.answer(SMALL_PROMPT[100:110], 100)).relative_error < 1e-3
+
+
+@pytest.mark.parametrize("what", ["a count", "an index", "the bytes of a token"])
+def test_a_damaged_window_of_a_state_is_refused(what, tiny):
+    """And leaves its sequence empty, and the others as they were."""
+    with Sequences(tiny, TURBO3, window=32) as cache:
+        cache.prompt(SMALL_PROMPT[:60])
+        cache.prompt(SMALL_PROMPT[:60], sequence=1)
+        expected = cache.answer(SMALL_PROMPT[60:70], 60)
+        state = bytearray(cache.saved(1))
+        begin = state.index(b"idnw") + 4  # a number of tokens, the bytes of one, which of the saved ones they are
+        offset, size = {"a count": (0, 4), "an index": (16, 4), "the bytes of a token": (4, 8)}[what]
+        state[begin + offset : begin + offset + size] = b"\xff" * size
+        data = (ctypes.c_uint8 * len(state)).from_buffer(state)
+        assert not cache.llama.llama_state_seq_set_data(cache.context, data, len(state), 1)
+        assert "recent window of this state is damaged" in cache.log
+        assert cache.llama.llama_memory_seq_pos_max(cache.memory, 1) == -1
+        cache.remove(0, 60, -1)
+        assert compare(expected, cache.answer(SMALL_PROMPT[60:70], 60)).relative_error < 1e-3
+
+
+def test_windows_of_many_sequences_never_outweigh_what_the_cache_saves(tiny):
+    """With less room than all windows want, all become shorter; what is there is right."""
+    found = {}
+    for types, window in ((F16, 0), (TURBO3, 0), (TURBO3, None)):
+        with Sequences(tiny, types, window=window, sequences=64, length=64) as cache:
+            for sequence in range(64):
+                cache.prompt(SMALL_PROMPT[:48], sequence)
+            found[types, window] = np.concatenate([
+                cache.read(*((SMALL_PROMPT[48 + i], 48 + i, sequence) for sequence in range(64))) for i in range(8)
+            ])  # fmt: skip
+            log = cache.log
+    megabytes = [float(number) for number in re.findall(r"llama_kv_cache: (?:recent.* in f16,|size =) +([\d.]+) MiB", log)]
+    channels = 2 * 64 * checkpoints.KV_HEADS  # of keys and values
+    assert len(megabytes) == 2
+    assert sum(megabytes) * 2**20 <= 64 * 64 * channels * 2 * checkpoints.LAYERS  # an f16 cache
+    assert "64 sequences at once have shorter windows" in log
+    exact, without, within = found.values()
+    assert compare(exact, within).kl_mean < compare(exact, without).kl_mean / 2
 
 
 @pytest.mark.parametrize("unified", [True, False])

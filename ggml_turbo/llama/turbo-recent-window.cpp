@@ -3,18 +3,24 @@
 #include "ggml-turbo.h"
 #include "llama-batch.h"
 #include "llama-impl.h"
+#include "llama-io.h"
 #include "llama-kv-cells.h"
+#include "turbo-cache-types.h"
 
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <map>
+#include <numeric>
 #include <stdexcept>
+#include <tuple>
 
 static const ggml_fp16_t MASKED = ggml_fp32_to_fp16(-INFINITY);
 
-// Tokens that can be taken back, as rejected drafts are, and the window before them is still whole.
-static const uint32_t TAKEN_BACK = 16;
+// Tokens that can be taken back, as rejected drafts are, and the windows before them are still whole: as many as
+// llama-server drafts by default in one sequence, or a few in each.
+static const uint32_t TAKEN_BACK = 64, TAKEN_BACK_OF_EACH = 16;
 
 static uint32_t number(const char * variable, uint32_t otherwise) {
     const char * text = getenv(variable);
@@ -29,12 +35,8 @@ static uint32_t number(const char * variable, uint32_t otherwise) {
     return (uint32_t) value;
 }
 
-static bool is_turbo(ggml_type type) {
-    return type == GGML_TYPE_TURBO2 || type == GGML_TYPE_TURBO3 || type == GGML_TYPE_TURBO4;
-}
-
 llama_turbo_window::size llama_turbo_window::size::wanted(ggml_type type_k, ggml_type type_v) {
-    const uint32_t recent = number("LLAMA_ARG_CACHE_WINDOW", is_turbo(type_k) || is_turbo(type_v) ? 64 : 0);
+    const uint32_t recent = number("LLAMA_ARG_CACHE_WINDOW", turbo_is_type(type_k) || turbo_is_type(type_v) ? 64 : 0);
     return { recent, recent ? number("LLAMA_ARG_CACHE_SINKS", 4) : 0 };
 }
 
@@ -56,20 +58,38 @@ std::shared_ptr<llama_turbo_window> llama_turbo_window::make(
         }
     }
     if (reason) {
-        LLAMA_LOG_INFO("llama_kv_cache: no recent window: %s\n", reason);
+        LLAMA_LOG_WARN("llama_kv_cache: no recent window: %s\n", reason);
         return nullptr;
     }
 
     const uint32_t cells = caches[0].k->ne[1];
     sizes = { std::min(sizes.recent, cells), std::min(sizes.sinks, cells) };
 
+    // As much as all sequences want, within what the cache saves against one in f16.
+    size_t cell_bytes = 0, f16_bytes = 0;
+    for (const cache & c : caches) {
+        cell_bytes += c.k->nb[1] + c.v->nb[1];
+        f16_bytes  += (c.k->ne[0] + c.v->ne[0])*sizeof(ggml_fp16_t);
+    }
+    const uint64_t wanted = (uint64_t) n_seq*(sizes.sinks + sizes.recent) + std::max(TAKEN_BACK, n_seq*TAKEN_BACK_OF_EACH);
+    const uint64_t saved  = cell_bytes < f16_bytes ? cells*(f16_bytes - cell_bytes)/f16_bytes : 0;
+    if (saved <= sizes.sinks + 1) {
+        LLAMA_LOG_WARN("llama_kv_cache: no recent window: a cache of %u tokens saves too little memory to make room for one\n", cells);
+        return nullptr;
+    }
+
     auto made = std::make_shared<llama_turbo_window>();
     made->sizes   = sizes;
-    made->n_seq_slots = sizes.sinks + sizes.recent + TAKEN_BACK;
-    made->n_slots     = n_seq*made->n_seq_slots + 1;
+    made->n_slots = std::min<uint64_t>(wanted + 1, saved);
     made->poison  = number("LLAMA_TURBO_WINDOW_POISON", 0) != 0;
-    made->entries.assign(n_stream, std::vector<entry>(made->n_slots, { 0, 0, -1 }));
     made->versions.assign(n_stream, std::vector<uint32_t>(cells, 0));
+    made->entries.assign(n_stream, std::vector<entry>(made->n_slots - 1));
+    for (uint32_t stream = 0; stream < n_stream; ++stream) {
+        for (uint32_t slot = 0; slot + 1 < made->n_slots; ++slot) {
+            const llama_seq_id seq = n_stream > 1 ? stream : (uint64_t) slot*n_seq/made->n_slots;
+            made->entries[stream][slot] = { 0, 0, -1, seq };
+        }
+    }
 
     made->ctx.reset(ggml_init({ caches.size()*ggml_tensor_overhead(), nullptr, true }));
     size_t bytes = 0;
@@ -93,8 +113,12 @@ std::shared_ptr<llama_turbo_window> llama_turbo_window::make(
         }
         ggml_backend_buffer_clear(made->buf.get(), 0);
     }
-    LLAMA_LOG_INFO("llama_kv_cache: recent window: the last %u tokens and the first %u of each sequence in f16, %.2f MiB\n",
-        sizes.recent, sizes.sinks, bytes/1024.0/1024.0);
+    LLAMA_LOG_INFO("llama_kv_cache: recent window: the last %u tokens and the first %u of each sequence in f16, %.2f MiB (room for %u tokens)\n",
+        sizes.recent, sizes.sinks, bytes/1024.0/1024.0, n_stream*(made->n_slots - 1));
+    if ((uint64_t) n_seq*(sizes.sinks + sizes.recent) >= made->n_slots) {
+        LLAMA_LOG_WARN("llama_kv_cache: recent window: more room would take more memory than an f16 cache, so %u sequences at once have "
+            "shorter windows: give each a longer context, or use fewer sequences\n", n_seq);
+    }
     return made;
 }
 
@@ -136,12 +160,6 @@ void llama_turbo_window::copy(uint32_t from, uint32_t to) {
     versions[to] = versions[from];
 }
 
-void llama_turbo_window::forget(uint32_t stream) {
-    for (uint32_t slot = 0; slot < n_slots; ++slot) {
-        entries[stream][slot].pos = -1;
-    }
-}
-
 bool llama_turbo_window::sees(llama_pos query, llama_pos key) const {
     return key < (llama_pos) sizes.sinks || std::abs(query - key) < (llama_pos) sizes.recent;
 }
@@ -150,9 +168,90 @@ bool llama_turbo_window::is_valid(const entry & e, uint32_t stream, const llama_
     return e.pos >= 0 && e.version == versions[stream][e.cell] && !cells.is_empty(e.cell) && cells.pos_get(e.cell) == e.pos;
 }
 
-uint32_t llama_turbo_window::slot_of(llama_pos pos, uint32_t seq) const {
-    const uint32_t p = (uint32_t) pos;
-    return seq*n_seq_slots + (p < sizes.sinks ? p : sizes.sinks + p % (sizes.recent + TAKEN_BACK));
+// How many tokens the sequence has had since that needs this cell most; -1: it is one of the first, which all need.
+llama_pos llama_turbo_window::age(const llama_kv_cells & cells, uint32_t cell, llama_seq_id seq) const {
+    const llama_pos pos = cells.pos_get(cell);
+    if (pos < (llama_pos) sizes.sinks) {
+        return -1;
+    }
+    if (cells.seq_count(cell) == 1 && cells.seq_has(cell, seq)) {
+        return cells.seq_pos_max(seq) - pos;
+    }
+    llama_pos youngest = INT32_MAX;
+    for (llama_seq_id s = 0; s < LLAMA_MAX_SEQ; ++s) {
+        if (cells.seq_has(cell, s)) {
+            youngest = std::min(youngest, cells.seq_pos_max(s) - pos);
+        }
+    }
+    return youngest;
+}
+
+// Decides what the ring holds from now on: the youngest of what it has and of what arrives. The slot of each arrival; the
+// last one for those that are not kept.
+std::vector<uint32_t> llama_turbo_window::admit(uint32_t stream, const llama_kv_cells & cells, const std::vector<arrival> & arrivals) {
+    std::vector<entry> & slots = entries[stream];
+
+    struct token {
+        llama_pos age;
+        bool      is_here;
+        uint32_t  index; // of the slot, or of the arrival
+        bool operator<(const token & other) const {
+            return std::tie(age, is_here, index) < std::tie(other.age, other.is_here, other.index);
+        }
+    };
+    std::vector<token> tokens;
+    for (uint32_t slot = 0; slot < slots.size(); ++slot) {
+        if (is_valid(slots[slot], stream, cells)) {
+            tokens.push_back({ age(cells, slots[slot].cell, slots[slot].seq), true, slot });
+        }
+    }
+    for (uint32_t i = 0; i < arrivals.size(); ++i) {
+        tokens.push_back({ age(cells, arrivals[i].cell, arrivals[i].seq), false, i });
+    }
+    if (tokens.size() > slots.size()) {
+        std::nth_element(tokens.begin(), tokens.begin() + slots.size(), tokens.end());
+        tokens.resize(slots.size());
+    }
+
+    std::vector<bool> is_free(slots.size(), true), is_kept(arrivals.size(), false);
+    for (const token & t : tokens) {
+        if (t.is_here) {
+            is_free[t.index] = false;
+        } else {
+            is_kept[t.index] = true;
+        }
+    }
+    // A sequence's tokens should lie side by side, which attention reads faster: first what was the sequence's own.
+    std::map<llama_seq_id, std::vector<uint32_t>> free_of; // from the last slot to the first
+    for (uint32_t slot = slots.size(); slot-- > 0;) {
+        if (is_free[slot]) {
+            free_of[slots[slot].seq].push_back(slot);
+        }
+    }
+    std::vector<uint32_t> found(arrivals.size(), n_slots - 1);
+    const auto give = [&](uint32_t i, std::vector<uint32_t> & from) {
+        const uint32_t slot = from.back(), cell = arrivals[i].cell;
+        from.pop_back();
+        slots[slot] = { cell, versions[stream][cell], cells.pos_get(cell), arrivals[i].seq };
+        found[i]    = slot;
+        is_kept[i]  = false;
+    };
+    for (uint32_t i = 0; i < arrivals.size(); ++i) {
+        const auto own = free_of.find(arrivals[i].seq);
+        if (is_kept[i] && own != free_of.end() && !own->second.empty()) {
+            give(i, own->second);
+        }
+    }
+    auto others = free_of.begin();
+    for (uint32_t i = 0; i < arrivals.size(); ++i) {
+        if (is_kept[i]) {
+            while (others->second.empty()) {
+                ++others;
+            }
+            give(i, others->second);
+        }
+    }
+    return found;
 }
 
 void llama_turbo_window::spoil(uint32_t stream, uint32_t slot) const {
@@ -176,7 +275,7 @@ void llama_turbo_window::set_inputs(
         const int64_t  first  = s*n_queries;
         const uint32_t stream = places[first].stream;
         candidates.clear();
-        for (uint32_t slot = 0; slot + 1 < n_slots; ++slot) {
+        for (uint32_t slot = 0; slot < entries[stream].size(); ++slot) {
             entry & e = entries[stream][slot];
             if (is_valid(e, stream, cells[stream])) {
                 if (e.cell < mask->ne[0]) {
@@ -210,20 +309,105 @@ void llama_turbo_window::set_inputs(
     }
 
     int64_t * row = (int64_t *) rows->data;
-    std::vector<int64_t> kept; // by stream of the batch and slot: the last token that goes there
+    std::vector<arrival> arrivals;
     for (int64_t s = 0; s < n_streams; ++s) {
         const uint32_t stream = places[s*n_queries].stream;
-        kept.assign(n_slots, -1);
+        arrivals.clear();
         for (int64_t i = s*n_queries; i < (s + 1)*n_queries; ++i) {
-            const uint32_t seq = entries.size() == 1 ? ubatch.seq_id[i][0] : 0;
-            kept[slot_of(ubatch.pos[i], seq)] = i;
-            row[i] = (int64_t) stream*n_slots + n_slots - 1;
+            arrivals.push_back({ places[i].cell, ubatch.seq_id[i][0] });
         }
-        for (uint32_t slot = 0; slot + 1 < n_slots; ++slot) {
-            if (const int64_t i = kept[slot]; i >= 0) {
-                row[i] = (int64_t) stream*n_slots + slot;
-                entries[stream][slot] = { places[i].cell, versions[stream][places[i].cell], ubatch.pos[i] };
-            }
+        for (uint32_t slot : admit(stream, cells[stream], arrivals)) {
+            *row++ = (int64_t) stream*n_slots + slot;
         }
     }
+}
+
+// ---- saved states ----
+
+size_t llama_turbo_window::token_bytes() const {
+    return std::accumulate(rings.begin(), rings.end(), (size_t) 0, [](size_t sum, const ggml_tensor * r) { return sum + r->nb[1]; });
+}
+
+void llama_turbo_window::save(
+        llama_io_write_i & io, uint32_t stream, const std::vector<uint32_t> & saved, const llama_kv_cells & cells) const {
+    std::map<uint32_t, uint32_t> slot_of; // by cell: of what a next token would see
+    for (uint32_t slot = 0; slot < entries[stream].size(); ++slot) {
+        const entry & e = entries[stream][slot];
+        if (is_valid(e, stream, cells) && age(cells, e.cell, e.seq) < (llama_pos) sizes.recent) {
+            slot_of[e.cell] = slot;
+        }
+    }
+    std::vector<uint32_t> indices, slots; // in the order of the saved cells
+    for (uint32_t i = 0; i < saved.size(); ++i) {
+        if (const auto it = slot_of.find(saved[i]); it != slot_of.end()) {
+            indices.push_back(i);
+            slots.push_back(it->second);
+        }
+    }
+    const uint32_t n     = indices.size();
+    const uint64_t bytes = token_bytes();
+    io.write(&n,     sizeof(n));
+    io.write(&bytes, sizeof(bytes));
+    io.write(indices.data(), n*sizeof(indices[0]));
+    for (ggml_tensor * r : rings) {
+        for (uint32_t slot : slots) {
+            io.write_tensor(r, slot*r->nb[1] + stream*r->nb[2], r->nb[1]);
+        }
+    }
+}
+
+// What stands before the rows: which of n_cells cells they are of. False if that cannot be.
+static bool read_head(llama_io_read_i & io, size_t n_cells, std::vector<uint32_t> & indices, uint64_t & bytes) {
+    uint32_t n;
+    io.read(&n,     sizeof(n));
+    io.read(&bytes, sizeof(bytes));
+    if (n > n_cells) {
+        return false;
+    }
+    indices.resize(n);
+    io.read(indices.data(), n*sizeof(indices[0]));
+    for (uint32_t i = 0; i < n; ++i) {
+        if (indices[i] >= n_cells || (i > 0 && indices[i] <= indices[i - 1])) {
+            return false;
+        }
+    }
+    return true;
+}
+
+bool llama_turbo_window::restore(
+        llama_io_read_i & io, uint32_t stream, const std::vector<uint32_t> & restored, const llama_kv_cells & cells) {
+    std::vector<uint32_t> indices;
+    uint64_t bytes;
+    if (!read_head(io, restored.size(), indices, bytes) || bytes != token_bytes()) {
+        return false;
+    }
+    std::vector<arrival> arrivals;
+    for (uint32_t i : indices) {
+        const auto & sequences = cells.seq_get_all(restored[i]);
+        llama_seq_id seq = 0;
+        while (seq + 1 < LLAMA_MAX_SEQ && !sequences.test(seq)) {
+            ++seq;
+        }
+        arrivals.push_back({ restored[i], seq });
+    }
+    const std::vector<uint32_t> slots = admit(stream, cells, arrivals);
+    for (ggml_tensor * r : rings) {
+        for (uint32_t slot : slots) {
+            io.read_tensor(r, slot*r->nb[1] + stream*r->nb[2], r->nb[1]);
+        }
+    }
+    return true;
+}
+
+bool llama_turbo_window::skip(llama_io_read_i & io, size_t n_cells) {
+    std::vector<uint32_t> indices;
+    uint64_t bytes;
+    if (!read_head(io, n_cells, indices, bytes) || bytes > UINT32_MAX) {
+        return false;
+    }
+    std::vector<uint8_t> token(bytes);
+    for (size_t i = 0; i < indices.size(); ++i) {
+        io.read(token.data(), token.size());
+    }
+    return true;
 }

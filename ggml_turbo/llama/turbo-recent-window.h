@@ -5,7 +5,9 @@
 // p - n_recent + 1 to p and the first n_sinks of its sequence, and all others quantized, whatever the batches were.
 //
 // A ring in f16 holds the tokens before a batch, and the batch's own are at hand anyway. The ring is never the only copy:
-// whatever makes an entry doubtful only forgets it, and the quantized one is read instead.
+// whatever makes an entry doubtful only forgets it, and the quantized one is read instead. All sequences of a stream share
+// one ring, which keeps the tokens nearest to the ends of their sequences: where many sequences want more room than there
+// is, the windows of all become shorter.
 
 #include "llama.h"
 
@@ -16,6 +18,8 @@
 #include <memory>
 #include <vector>
 
+class  llama_io_read_i;
+class  llama_io_write_i;
 class  llama_kv_cells;
 struct llama_ubatch;
 
@@ -36,7 +40,8 @@ public:
     };
 
     // Null if there is to be no window; the log says why if one was to be expected. caches: of all layers, by the index
-    // that the cache has for them. n_seq: sequences of one stream.
+    // that the cache has for them. n_seq: sequences of one stream. Cache and ring together never take more memory than the
+    // cache in f16.
     static std::shared_ptr<llama_turbo_window> make(
         const std::vector<cache> & caches, ggml_type type_k, ggml_type type_v, bool v_trans, uint32_t n_stream, uint32_t n_seq,
         bool no_alloc);
@@ -69,8 +74,12 @@ public:
     // A stream becomes a copy of another.
     void copy(uint32_t from, uint32_t to);
 
-    // All of a stream may have changed.
-    void forget(uint32_t stream);
+    // The part of a saved state that holds what the window has of some cells, in their order; nothing if it has none of
+    // them. A reader calls restore once these cells have been filled, or skip where there is no window; both return false if
+    // the state is not of this model's window.
+    void save(llama_io_write_i & io, uint32_t stream, const std::vector<uint32_t> & saved, const llama_kv_cells & cells) const;
+    bool restore(llama_io_read_i & io, uint32_t stream, const std::vector<uint32_t> & restored, const llama_kv_cells & cells);
+    static bool skip(llama_io_read_i & io, size_t n_cells);
 
     // Inputs of a graph. places: of the batch's tokens, those of a stream together. mask: of the cache, which is set. The
     // next two are attention's (turbo-window.h); rows: I64 [tokens], of the ring.
@@ -80,23 +89,31 @@ public:
 
 private:
     struct entry {
-        uint32_t  cell;
-        uint32_t  version; // of the cell when it was stored
-        llama_pos pos;     // -1: nothing is there
+        uint32_t     cell;
+        uint32_t     version; // of the cell when it was stored
+        llama_pos    pos;     // -1: nothing is there
+        llama_seq_id seq;     // whose slot it is or was last; slots are given to the same sequence again where that is possible
     };
 
     size     sizes;
-    uint32_t n_seq_slots; // of a sequence
-    uint32_t n_slots;     // of all sequences, and a last one that takes what is not kept
-    bool     poison;      // for tests: what was forgotten becomes conspicuous
+    uint32_t n_slots; // of a stream, and a last one that takes what is not kept
+    bool     poison;  // for tests: what was forgotten becomes conspicuous
 
     std::vector<ggml_tensor *>         rings;    // by layer: F16 [channels of keys, then of values; slots, streams]
     std::vector<int64_t>               size_k;   // by layer: channels of keys
     std::vector<std::vector<entry>>    entries;  // by stream and slot
     std::vector<std::vector<uint32_t>> versions; // by stream and cell: how often it was written
 
+    // A token that could be kept.
+    struct arrival {
+        uint32_t     cell;
+        llama_seq_id seq; // one of its sequences
+    };
+
     bool sees(llama_pos query, llama_pos key) const;
     bool is_valid(const entry & e, uint32_t stream, const llama_kv_cells & cells) const;
-    uint32_t slot_of(llama_pos pos, uint32_t seq) const;
+    llama_pos age(const llama_kv_cells & cells, uint32_t cell, llama_seq_id seq) const;
+    std::vector<uint32_t> admit(uint32_t stream, const llama_kv_cells & cells, const std::vector<arrival> & arrivals);
+    size_t token_bytes() const;
     void spoil(uint32_t stream, uint32_t slot) const;
 };

@@ -1,14 +1,34 @@
 #include "turbo-window-graph.h"
 
 #include "llama-hparams.h"
+#include "llama-kv-cache-iswa.h"
+#include "llama-kv-cache-msa.h"
 #include "llama-kv-cache.h"
+#include "llama-memory-hybrid-iswa.h"
+#include "llama-memory-hybrid.h"
 #include "turbo-window.h"
 
+// A batch's part in the cache whose keys and values a layer attends to; null if its memory is of a kind not known here.
+static const llama_kv_cache_context * cache_of(const llama_memory_context_i * memory, bool is_swa) {
+    if (const auto * hybrid = dynamic_cast<const llama_memory_hybrid_context *>(memory)) {
+        memory = hybrid->get_attn();
+    } else if (const auto * hybrid_iswa = dynamic_cast<const llama_memory_hybrid_iswa_context *>(memory)) {
+        memory = hybrid_iswa->get_attn();
+    }
+    if (const auto * iswa = dynamic_cast<const llama_kv_cache_iswa_context *>(memory)) {
+        return is_swa ? iswa->get_swa() : iswa->get_base();
+    }
+    if (const auto * msa = dynamic_cast<const llama_kv_cache_msa_context *>(memory)) {
+        return msa->get_base();
+    }
+    return dynamic_cast<const llama_kv_cache_context *>(memory);
+}
+
 llm_graph_input_turbo_window::llm_graph_input_turbo_window(
-        ggml_context * ctx, cache_of_batch cache, const ggml_tensor * kq_mask, int64_t n_tokens)
-    : cache(std::move(cache)), kq_mask(kq_mask) {
+        ggml_context * ctx, const llama_kv_cache_context * batch, bool is_swa, const ggml_tensor * kq_mask, int64_t n_tokens)
+    : is_swa(is_swa), batch(batch), kq_mask(kq_mask) {
     const int64_t n_queries = kq_mask->ne[1], n_streams = kq_mask->ne[3];
-    const int64_t slots     = this->cache()->get_turbo_window()->slots();
+    const int64_t slots     = llama_turbo_kv::of(batch).window->slots();
     window_mask = ggml_new_tensor_4d(ctx, GGML_TYPE_F16, slots + n_queries, n_queries, 1, n_streams);
     columns     = ggml_new_tensor_4d(ctx, GGML_TYPE_I32, kq_mask->ne[0], 1, 1, n_streams);
     rows        = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n_tokens);
@@ -19,7 +39,12 @@ llm_graph_input_turbo_window::llm_graph_input_turbo_window(
 
 void llm_graph_input_turbo_window::set_input(const llama_ubatch * ubatch) {
     // kq_mask was set just before: inputs are set in the order they were added in
-    cache()->turbo_set_window(*ubatch, kq_mask, window_mask, columns, rows);
+    llama_turbo_kv::set_window_inputs(batch, *ubatch, kq_mask, window_mask, columns, rows);
+}
+
+bool llm_graph_input_turbo_window::can_reuse(const llm_graph_params & params) {
+    batch = cache_of(params.mctx, is_swa);
+    return batch != nullptr; // the input of the cache itself has the same sizes
 }
 
 // Keys, values or queries of a batch [head size, heads, tokens] as attention takes them: [head size, tokens, heads, streams].
@@ -28,28 +53,44 @@ static ggml_tensor * by_stream(ggml_context * ctx, ggml_tensor * x, int64_t n_st
     return ggml_permute(ctx, ggml_view_4d(ctx, x, x->ne[0], x->ne[1], n, n_streams, x->nb[1], x->nb[2], x->nb[2]*n, 0), 0, 2, 1, 3);
 }
 
+// The inputs that the graph has for this cache; null if it has none yet.
+static llm_graph_input_turbo_window * inputs_of(llm_graph_result * res, bool is_swa) {
+    for (const auto & input : res->inputs) {
+        auto * found = dynamic_cast<llm_graph_input_turbo_window *>(input.get());
+        if (found && found->is_swa == is_swa) {
+            return found;
+        }
+    }
+    return nullptr;
+}
+
 ggml_tensor * llama_turbo_attend(
-        ggml_context * ctx, ggml_cgraph * gf, llm_graph_result * res, llm_graph_input_turbo_window *& input,
-        const llm_graph_input_turbo_window::cache_of_batch & cache, const llama_hparams & hparams, ggml_tensor * q, ggml_tensor * k,
+        ggml_context * ctx, ggml_cgraph * gf, llm_graph_result * res, const llama_memory_context_i * memory,
+        const llama_kv_cache_context * batch, bool is_swa, const llama_hparams & hparams, ggml_tensor * q, ggml_tensor * k,
         ggml_tensor * v, ggml_tensor * k_cur, ggml_tensor * v_cur, ggml_tensor * kq_mask, ggml_tensor * sinks, float kq_scale, int il) {
-    const llama_turbo_window * window = cache()->get_turbo_window();
+    const llama_turbo_window * window = llama_turbo_kv::of(batch).window.get();
     if (!window || kq_mask->type != GGML_TYPE_F16) {
         return nullptr;
     }
-    const uint32_t layer = cache()->turbo_layer(il);
+    if (cache_of(memory, is_swa) != batch) { // what this graph reads could not be found again for the next batch
+        llama_turbo_kv::of(batch).warn_once("a layer has no recent window: its memory is of a kind that this build does not know");
+        return nullptr;
+    }
+    const uint32_t layer = llama_turbo_kv::layer(batch, il);
+    llm_graph_input_turbo_window * input = inputs_of(res, is_swa);
     if (!k_cur && !(input && input->own.count(layer))) {
         return nullptr;
     }
     if (!input) {
-        auto made = std::make_unique<llm_graph_input_turbo_window>(ctx, cache, kq_mask, q->ne[2]);
-        input = (llm_graph_input_turbo_window *) res->add_input(std::move(made));
+        auto made = std::make_unique<llm_graph_input_turbo_window>(ctx, batch, is_swa, kq_mask, q->ne[2]);
+        input = static_cast<llm_graph_input_turbo_window *>(res->add_input(std::move(made)));
     }
     if (k_cur) {
         input->own[layer] = { k_cur, v_cur };
     }
     const auto [own_k, own_v] = input->own.at(layer);
     const int64_t  n_streams = k->ne[3];
-    const uint32_t first     = cache()->turbo_first_stream();
+    const uint32_t first     = llama_turbo_kv::first_stream(batch);
 
     ggml_tensor * sources[TURBO_WINDOW_SOURCES];
     sources[TURBO_WINDOW_Q]       = by_stream(ctx, q, n_streams);

@@ -1,0 +1,106 @@
+#include "turbo-cache-types.h"
+
+#include "ggml-turbo.h"
+#include "llama-arch.h"
+#include "llama-cparams.h"
+#include "llama-hparams.h"
+#include "llama-impl.h"
+#include "llama-memory-recurrent.h"
+#include "llama-model.h"
+
+#include <memory>
+#include <stdexcept>
+#include <string>
+
+// The stock cache types whose block divides the head size, as --cache-type-k and -v name them.
+static std::string types_for(uint32_t head_size) {
+    std::string names;
+    for (ggml_type type : { GGML_TYPE_F16, GGML_TYPE_BF16, GGML_TYPE_Q8_0, GGML_TYPE_Q5_1, GGML_TYPE_Q5_0,
+                            GGML_TYPE_IQ4_NL, GGML_TYPE_Q4_1, GGML_TYPE_Q4_0, GGML_TYPE_F32 }) {
+        if (head_size % ggml_blck_size(type) == 0) {
+            names += std::string(names.empty() ? "" : ", ") + ggml_type_name(type);
+        }
+    }
+    return names;
+}
+
+// Rows of the type can be written and read.
+static bool can_be_cached(ggml_type type) {
+    if (type < 0 || type >= GGML_TYPE_COUNT || ggml_blck_size(type) == 0) {
+        return false;
+    }
+    const ggml_type_traits * traits = ggml_get_type_traits(type);
+    return type == GGML_TYPE_F32 || (traits->to_float && traits->from_float_ref);
+}
+
+static bool check_number(const char * what, ggml_type type) {
+    if (can_be_cached(type)) {
+        return true;
+    }
+    const bool has_name = type >= 0 && type < GGML_TYPE_COUNT && ggml_blck_size(type) != 0;
+    LLAMA_LOG_ERROR("%s: the %s cache cannot be of type %d%s%s%s. turbo2, turbo3 and turbo4 are %d, %d and %d here, which other builds of "
+        "llama.cpp may number otherwise; f16 is %d and q8_0 %d\n", __func__, what, (int) type, has_name ? " (" : "",
+        has_name ? ggml_type_name(type) : "", has_name ? "), which no cache can have" : ", which is none",
+        GGML_TYPE_TURBO2, GGML_TYPE_TURBO3, GGML_TYPE_TURBO4, GGML_TYPE_F16, GGML_TYPE_Q8_0);
+    return false;
+}
+
+static bool divides(ggml_type type, uint32_t head_size) {
+    return !turbo_is_type(type) || head_size % QK_TURBO == 0;
+}
+
+static bool check_head(const char * what, ggml_type type, uint32_t head_size, uint32_t il) {
+    if (divides(type, head_size)) {
+        return true;
+    }
+    LLAMA_LOG_ERROR("%s: the %s cache cannot be %s: its blocks hold %d values of one head, and layer %u of this model has a %s head size of %u. "
+        "Cache types that work for it: %s\n",
+        __func__, what, ggml_type_name(type), QK_TURBO, il, what, head_size, types_for(head_size).c_str());
+    return false;
+}
+
+// Whether the model keeps keys and values. Embedding models, which read a text at once, do not, nor do recurrent ones.
+static bool keeps_keys(const llama_model & model) {
+    llama_memory_params params = {};
+    params.type_k = params.type_v = GGML_TYPE_F16;
+    llama_cparams cparams = {};
+    cparams.n_ctx = cparams.n_ctx_seq = 256;
+    cparams.n_batch = cparams.n_ubatch = 1;
+    cparams.n_seq_max  = 1;
+    cparams.flash_attn = true;
+    cparams.kv_unified = true;
+    try {
+        const std::unique_ptr<llama_memory_i> memory(model.create_memory(params, cparams));
+        return memory && !dynamic_cast<llama_memory_recurrent *>(memory.get());
+    } catch (const std::exception &) {
+        return true;
+    }
+}
+
+bool llama_turbo_check_types(const llama_model & model, llama_context_params & params) {
+    if (!check_number("K", params.type_k) || !check_number("V", params.type_v)) {
+        return false;
+    }
+    const llama_hparams & hparams = model.hparams;
+    int32_t wrong = -1; // the first layer that the types do not fit
+    for (uint32_t il = 0; il < hparams.n_layer() && wrong < 0; ++il) {
+        if (!divides(params.type_k, hparams.n_embd_head_k(il)) || !divides(params.type_v, hparams.n_embd_head_v(il))) {
+            wrong = il;
+        }
+    }
+    const bool lacks_attention = ggml_is_quantized(params.type_v) && params.flash_attn_type == LLAMA_FLASH_ATTN_TYPE_DISABLED;
+    if ((wrong >= 0 || lacks_attention) && !keeps_keys(model)) {
+        LLAMA_LOG_INFO("%s: this model keeps no keys and values: cache types %s and %s have nothing to do\n", __func__,
+            ggml_type_name(params.type_k), ggml_type_name(params.type_v));
+        params.type_k = params.type_v = GGML_TYPE_F16;
+        return true;
+    }
+    if (model.arch == LLM_ARCH_DEEPSEEK4 && params.n_seq_max > 1 && (turbo_is_type(params.type_k) || turbo_is_type(params.type_v))) {
+        LLAMA_LOG_ERROR("%s: the cache cannot be %s: %s models share a compressed cache between sequences in ways that no quantized type "
+            "has. Use one sequence (--parallel 1), or f16\n", __func__,
+            ggml_type_name(turbo_is_type(params.type_k) ? params.type_k : params.type_v), llm_arch_name(model.arch));
+        return false;
+    }
+    return wrong < 0 ||
+        (check_head("K", params.type_k, hparams.n_embd_head_k(wrong), wrong) && check_head("V", params.type_v, hparams.n_embd_head_v(wrong), wrong));
+}

@@ -1,0 +1,183 @@
+#include "turbo-kv.h"
+
+#include "graft/llama-value-rotation.h"
+#include "llama-cparams.h"
+#include "llama-impl.h"
+#include "llama-io.h"
+#include "llama-kv-cache.h"
+#include "llama-model.h"
+#include "turbo-cache-types.h"
+
+std::unique_ptr<llama_turbo_kv> llama_turbo_kv::make(llama_kv_cache & cache) {
+    auto made = std::make_unique<llama_turbo_kv>();
+    if (cache.layers.empty()) {
+        return made;
+    }
+    const llama_hparams & hparams = cache.hparams;
+    const ggml_type type_k = cache.layers[0].k->type, type_v = cache.layers[0].v ? cache.layers[0].v->type : type_k;
+    if (cache.other) {
+        made->keys   = cache.other->turbo->keys;
+        made->latent = cache.other->turbo->latent;
+    } else {
+        std::map<uint32_t, llama_turbo_keys::place>    places;
+        std::map<uint32_t, ggml_backend_buffer_type_t> bufts;
+        for (const auto & [il, id] : cache.map_layer_ids) {
+            bufts[il]  = ggml_backend_buffer_get_type(cache.layers[id].k->buffer);
+            places[il] = { cache.layers[id].il, bufts[il] };
+        }
+        made->keys = llama_turbo_keys::make(cache.model, type_k, places);
+        if (hparams.is_mla() && turbo_is_type(type_k) && cache.attn_rot_k) {
+            made->latent = llama_turbo_latent::make(bufts);
+        }
+        std::vector<llama_turbo_window::cache> caches;
+        for (const auto & layer : cache.layers) {
+            caches.push_back({ layer.k, layer.v, hparams.n_embd_head_k(layer.il), hparams.n_embd_head_v(layer.il) });
+        }
+        made->window = llama_turbo_window::make(
+            caches, type_k, type_v, cache.v_trans, cache.n_stream, cache.n_seq_max/cache.n_stream, hparams.no_alloc);
+        if (made->window) { // its memory is counted and cleared with the cache's own
+            cache.ctxs_bufs.emplace_back(std::move(made->window->ctx), std::move(made->window->buf));
+        }
+    }
+    made->mark = (made->keys ? made->keys->hash() : 0) ^ (llama_turbo_values_rotated(cache.model.gguf_kv) ? 2 : 0) ^ (made->latent ? 4 : 0);
+    return made;
+}
+
+const llama_turbo_kv & llama_turbo_kv::of(const llama_kv_cache_context * batch) {
+    return *batch->kv->turbo;
+}
+
+// ---- graphs ----
+
+void llama_turbo_kv::calibrate(ggml_context * ctx, const llama_kv_cache_context * batch, ggml_tensor *& q, ggml_tensor *& k, int32_t il) {
+    if (const auto & keys = of(batch).keys) {
+        q = keys->apply_q(ctx, q, il);
+        k = k ? keys->apply_k(ctx, k, il) : nullptr;
+    }
+}
+
+uint32_t llama_turbo_kv::layer(const llama_kv_cache_context * batch, int32_t il) {
+    return batch->kv->map_layer_ids.at(il);
+}
+
+uint32_t llama_turbo_kv::first_stream(const llama_kv_cache_context * batch) {
+    return batch->sinfos[batch->i_cur].s0;
+}
+
+void llama_turbo_kv::set_window_inputs(
+        const llama_kv_cache_context * batch, const llama_ubatch & ubatch, const ggml_tensor * mask, ggml_tensor * window_mask,
+        ggml_tensor * columns, ggml_tensor * rows) {
+    of(batch).window->set_inputs(
+        window_places(batch->sinfos[batch->i_cur]), ubatch, batch->kv->v_cells, mask, window_mask, columns, rows);
+}
+
+ggml_tensor * llama_turbo_kv::shift(
+        ggml_context * ctx, const llama_kv_cache & cache, const llama_cparams & cparams, uint32_t il, ggml_tensor * shifts,
+        ggml_tensor * rotation, ggml_tensor * factors, float freq_base, float freq_scale) {
+    ggml_tensor * stored = cache.layers[cache.map_layer_ids.at(il)].k;
+    if (!ggml_is_quantized(stored->type)) {
+        return nullptr;
+    }
+    const llama_hparams  & hparams = cache.hparams;
+    const llama_turbo_kv & turbo   = *cache.turbo;
+    const bool    is_latent = hparams.is_mla();
+    const int64_t n_rot = hparams.n_rot(il), size = hparams.n_embd_head_k(il), n_head = hparams.n_head_kv(il);
+    const int64_t before  = hparams.n_lora_kv > 0 ? size - n_rot : 0; // channels that have no position, of each head
+    const size_t  row     = stored->nb[1], head = ggml_row_size(stored->type, size);
+    const int64_t n_cells = stored->ne[1]*stored->ne[2];
+
+    // Whole heads, since rotation and calibration mix all channels; of MLA keys, rotated by blocks, the part with positions.
+    ggml_tensor * k = is_latent
+        ? ggml_view_3d(ctx, stored, n_rot, n_head, n_cells, head, row, ggml_row_size(stored->type, before))
+        : ggml_view_3d(ctx, stored, size,  n_head, n_cells, head, row, 0);
+    if (is_latent) { // llama.cpp stores them as they are, whatever it says of their rotation
+        rotation = turbo.latent ? turbo.latent->rotation(il) : nullptr;
+    }
+    const auto rotate = [&](ggml_tensor * x) { return rotation ? llama_mul_mat_hadamard(ctx, x, rotation) : x; };
+    const auto rope   = [&](ggml_tensor * x) {
+        return ggml_rope_ext(
+            ctx, x, shifts, factors, n_rot, hparams.rope_type, cparams.n_ctx_orig_yarn, freq_base, freq_scale, cparams.yarn_ext_factor,
+            cparams.yarn_attn_factor, cparams.yarn_beta_fast, cparams.yarn_beta_slow);
+    };
+    ggml_tensor * moved = rotate(ggml_cast(ctx, k, GGML_TYPE_F32));
+    if (turbo.keys) {
+        moved = turbo.keys->undo_k(ctx, moved, il);
+    }
+    if (before > 0 && !is_latent) {
+        ggml_tensor * without = ggml_view_3d(ctx, moved, before, n_head, n_cells, moved->nb[1], moved->nb[2], 0);
+        ggml_tensor * with    = ggml_view_3d(ctx, moved, n_rot,  n_head, n_cells, moved->nb[1], moved->nb[2], before*moved->nb[0]);
+        moved = ggml_concat(ctx, without, rope(with), 0);
+    } else {
+        moved = rope(moved);
+    }
+    if (turbo.keys) {
+        moved = turbo.keys->apply_k(ctx, moved, il);
+    }
+    moved = rotate(moved);
+    if (!ggml_is_contiguous(k)) { // no back end quantizes into rows that do not lie side by side
+        moved = ggml_cast(ctx, moved, k->type);
+    }
+    return ggml_cpy(ctx, moved, k);
+}
+
+// ---- saved states ----
+
+// No v_trans, which is 0 or 1.
+static const uint32_t MARK = 0x6d627274, WINDOW = 0x776e6469;
+
+void llama_turbo_kv::save(llama_io_write_i & io, const llama_kv_cache & cache, uint32_t stream, const std::vector<uint32_t> & cells) const {
+    if (mark != 0) {
+        io.write(&MARK, sizeof(MARK));
+        io.write(&mark, sizeof(mark));
+    }
+    if (window) {
+        io.write(&WINDOW, sizeof(WINDOW));
+        window->save(io, stream, cells, cache.v_cells[stream]);
+    }
+}
+
+bool llama_turbo_kv::restore(
+        llama_io_read_i & io, const llama_kv_cache & cache, uint32_t stream, const std::vector<uint32_t> & restored, uint32_t & v_trans) {
+    if (window) { // what it had of these cells is out of date
+        std::vector<llama_turbo_window::place> places;
+        for (uint32_t cell : restored) {
+            places.push_back({ stream, cell });
+        }
+        window->written(places);
+    }
+    uint64_t found = 0;
+    if (v_trans == MARK) {
+        io.read(&found, sizeof(found));
+        io.read(&v_trans, sizeof(v_trans));
+    }
+    if (found != mark) {
+        LLAMA_LOG_ERROR("%s: this state was saved by a model whose keys are calibrated otherwise, or whose values are rotated otherwise "
+            "(%016llx, not %016llx): evaluate its tokens again\n", __func__, (unsigned long long) found, (unsigned long long) mark);
+        return false;
+    }
+    if (v_trans == WINDOW) {
+        const bool is_right = window ? window->restore(io, stream, restored, cache.v_cells[stream])
+                                     : llama_turbo_window::skip(io, restored.size());
+        if (!is_right) {
+            LLAMA_LOG_ERROR("%s: the recent window of this state is damaged, or of another model: evaluate its tokens again\n", __func__);
+            return false;
+        }
+        io.read(&v_trans, sizeof(v_trans));
+    }
+    return true;
+}
+
+void llama_turbo_kv::warn_once(const char * what) const {
+    if (!has_warned) {
+        LLAMA_LOG_WARN("%s: %s\n", __func__, what);
+        has_warned = true;
+    }
+}
+
+bool llama_turbo_kv::is_position(llama_pos pos) {
+    if (pos >= 0 && pos <= INT32_MAX/2) { // what comes after it must have a position, too
+        return true;
+    }
+    LLAMA_LOG_ERROR("%s: this state is damaged: %d is no position of a token\n", __func__, pos);
+    return false;
+}

@@ -1,0 +1,112 @@
+#pragma once
+
+// What this project adds to a KV cache of llama.cpp, in one object: calibrated keys (turbo-calibration.h), rotated keys of
+// MLA (turbo-latent-keys.h) and the recent window (turbo-recent-window.h). llama_kv_cache owns it and calls it wherever keys
+// and values are stored, read, moved or saved; it reads the cache's own members as a friend.
+
+#include "turbo-calibration.h"
+#include "turbo-latent-keys.h"
+#include "turbo-recent-window.h"
+
+#include <memory>
+#include <vector>
+
+class  llama_kv_cache;
+class  llama_kv_cache_context;
+struct llama_cparams;
+struct llama_ubatch;
+
+struct llama_turbo_kv {
+    std::shared_ptr<llama_turbo_keys>   keys;   // null: keys are stored as they are
+    std::shared_ptr<llama_turbo_latent> latent; // null: keys are no MLA keys, or are not rotated
+    std::shared_ptr<llama_turbo_window> window; // null: there is none
+
+    // For a cache whose layers have been made. One that shares another's cells shares what is done to its keys.
+    // Throws if the cache cannot hold its types: the log says why by name.
+    static std::unique_ptr<llama_turbo_kv> make(llama_kv_cache & cache);
+
+    // That of the cache of a batch.
+    static const llama_turbo_kv & of(const llama_kv_cache_context * batch);
+
+    // ---- graphs ----
+
+    // q and k [head size, heads, tokens] as they will be rotated, stored and multiplied; k may be null.
+    static void calibrate(ggml_context * ctx, const llama_kv_cache_context * batch, ggml_tensor *& q, ggml_tensor *& k, int32_t il);
+
+    // The index that the cache has for a layer of the model.
+    static uint32_t layer(const llama_kv_cache_context * batch, int32_t il);
+
+    // The first stream of a batch.
+    static uint32_t first_stream(const llama_kv_cache_context * batch);
+
+    static void set_window_inputs(
+        const llama_kv_cache_context * batch, const llama_ubatch & ubatch, const ggml_tensor * mask, ggml_tensor * window_mask,
+        ggml_tensor * columns, ggml_tensor * rows);
+
+    // The node that moves a quantized layer's keys to other positions, one shift for each cell; null for other types, which
+    // llama.cpp moves itself. rotation: of the cache's keys, null if there is none; the rest as ggml_rope_ext takes it.
+    static ggml_tensor * shift(
+        ggml_context * ctx, const llama_kv_cache & cache, const llama_cparams & cparams, uint32_t il, ggml_tensor * shifts,
+        ggml_tensor * rotation, ggml_tensor * factors, float freq_base, float freq_scale);
+
+    // ---- what happens to cells ----
+
+    // Template arguments are types that are private to the cache: places of a batch, ranges of cells.
+
+    // The cells of a batch are being written.
+    template <typename slot_info>
+    void written(const slot_info & places) {
+        if (window) {
+            window->written(window_places(places));
+        }
+    }
+
+    // A stream becomes a copy of another.
+    void copied(uint32_t from, uint32_t to) {
+        if (window) {
+            window->copy(from, to);
+        }
+    }
+
+    // ---- saved states ----
+
+    // What a state says before everything else of a stream's keys and values: what they were transformed by, and the recent
+    // window of the saved cells. Nothing where nothing was done, as in stock llama.cpp.
+    template <typename cell_ranges>
+    void save(llama_io_write_i & io, const llama_kv_cache & cache, const cell_ranges & ranges) const {
+        std::vector<uint32_t> cells;
+        for (const auto & [begin, end] : ranges.data) {
+            for (uint32_t cell = begin; cell < end; ++cell) {
+                cells.push_back(cell);
+            }
+        }
+        save(io, cache, ranges.strm, cells);
+    }
+
+    // v_trans: what a reader of stock llama.cpp has read in its place. False, with a line in the log, if the state is of
+    // another model or damaged. restored: cells of the stream, in the order in which they were saved.
+    bool restore(llama_io_read_i & io, const llama_kv_cache & cache, uint32_t stream, const std::vector<uint32_t> & restored, uint32_t & v_trans);
+
+    // Whether a saved token can have this position; a line in the log if not.
+    static bool is_position(llama_pos pos);
+
+    void warn_once(const char * what) const;
+
+private:
+    mutable bool has_warned = false;
+
+    uint64_t mark = 0; // of everything that keys and values are transformed by; 0: nothing
+
+    template <typename slot_info>
+    static std::vector<llama_turbo_window::place> window_places(const slot_info & slots) {
+        std::vector<llama_turbo_window::place> places;
+        for (uint32_t s = 0; s < slots.n_stream(); ++s) {
+            for (uint32_t cell : slots.idxs[s]) {
+                places.push_back({ (uint32_t) slots.strm[s], cell });
+            }
+        }
+        return places;
+    }
+
+    void save(llama_io_write_i & io, const llama_kv_cache & cache, uint32_t stream, const std::vector<uint32_t> & cells) const;
+};
