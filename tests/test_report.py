@@ -133,6 +133,27 @@ def add_task(
         add(store, "task", types, {"task": task, "limit": 200}, [cell], **where)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numbers that are absurd
+@pytest.mark.parametrize("seed", range(8))
+def test_damaged_files_are_sentences(full, seed):
+    """Bytes of a file of measurements are overwritten: it is shown as far as it makes sense, or refused by name."""
+    rng = np.random.default_rng(seed)
+    whole = full.read_bytes()
+    refused = 0
+    for _ in range(40):
+        content = bytearray(whole)
+        for at in rng.integers(100, len(content), 4 ** rng.integers(1, 5)):
+            content[at] = rng.integers(256)
+        full.write_bytes(content)
+        for options in (["--json"], [], ["-o", full.with_name("r.csv"), "-o", full.with_name("r.md")]):
+            done = CliRunner().invoke(command, [str(full), *map(str, options)])
+            if isinstance(done.exception, TurboquantError):
+                refused += str(full) in str(done.exception)
+            elif done.exception:
+                raise done.exception
+    assert 5 < refused < 120
+
+
 def write(results: Path, name: str, **options) -> Path:
     path = results.with_name(name)
     report.report(results, outputs=[path], console=Console(quiet=True), **options)

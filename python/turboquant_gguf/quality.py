@@ -13,7 +13,7 @@ p being the distribution of the unquantized cache, and q that of the cache in qu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from pathlib import Path
@@ -298,26 +298,31 @@ def ppl(
     needed = list(dict.fromkeys([experiment.base, *asked]))
     results = results or default_results()
     interrupted = False
-    with Store(results) as store, Model(model, gpu_layers=gpu_layers) as opened:
+    with Store(results) as store, Model(model, gpu_layers=gpu_layers) as opened, progress_bar(console) as bar:
         cut = experiment.windows(opened)[:windows]
-        known = store.find(KIND, facts, experiment.settings)
-        todo = plan(known, len(cut), needed)
-        if len(todo) < len(cut):
-            console.print(f"{len(cut) - len(todo)} of {len(cut)} windows were measured before.", highlight=False)
+        key = (KIND, facts, experiment.settings)
+        task = bar.add_task("", total=None, left="")
+
+        def wait(other: str) -> None:
+            bar.update(task, description=f"waiting for {other}, which measures the same")
+
         try:
-            with progress_bar(console) as bar:
+            with store.claimed(*key, wait):
+                todo = plan(store.find(*key), dict.fromkeys(range(len(cut)), needed))
+                if len(todo) < len(cut):
+                    console.print(f"{len(cut) - len(todo)} of {len(cut)} windows were measured before.", highlight=False)
                 passes = sum(map(len, todo.values()))
-                task = bar.add_task("", total=passes, left=passes)
+                bar.reset(task, total=passes, left=passes)
                 for number, missing in todo.items():
                     bar.update(task, description=f"window {number + 1} of {len(cut)}")
                     for pair, scores in experiment.measure(opened, cut[number], missing):
-                        store.add(KIND, facts, pair, experiment.settings, scores.tobytes(), part=number)
+                        store.add(*key[:2], pair, key[2], scores.tobytes(), part=number)
                         passes -= 1
                         bar.update(task, advance=1, left=passes)
         except KeyboardInterrupt:
             interrupted = True
-        known = store.find(KIND, facts, experiment.settings)
-    scores, complete = gather(known, len(cut), needed)
+        with store.reading():
+            scores, complete = gather(store.find(*key), len(cut), needed)
     found = summarize(scores, experiment.base) if complete else []
     return Report(
         model=facts,
@@ -338,10 +343,10 @@ def default_results() -> Path:
 
 
 def plan(
-    known: Mapping[tuple[CacheTypes, int], bytes], windows: int, types: Sequence[CacheTypes]
+    known: Collection[tuple[CacheTypes, int]], wanted: Mapping[int, Sequence[CacheTypes]]
 ) -> dict[int, list[CacheTypes]]:
-    """The windows that are not complete, and which types are missing there."""
-    missing = {number: [pair for pair in types if (pair, number) not in known] for number in range(windows)}
+    """Of the types `wanted` in each window those that are missing; windows that lack none are left out."""
+    missing = {number: [pair for pair in types if (pair, number) not in known] for number, types in wanted.items()}
     return {number: pairs for number, pairs in missing.items() if pairs}
 
 

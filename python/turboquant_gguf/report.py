@@ -33,8 +33,9 @@ def report(
         raise TurboquantError(
             f"There is no file of measurements {results}. turboquant-gguf sweep and ppl --results make one."
         )
-    with Store(results, read_only=True) as store:
+    with Store(results, read_only=True) as store, store.reading():
         sections = reportcontents.read(store)
+        reporttables.markdown(sections)  # looks at everything, so that what is damaged is found here
     if not sections:
         raise TurboquantError(
             f"Nothing is measured yet in {results}. Measure with: turboquant-gguf sweep MODEL --results {results}"
