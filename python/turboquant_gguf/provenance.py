@@ -17,13 +17,13 @@ _LIBRARIES = ("ggml-base", "ggml-cpu", "llama")
 _SAMPLES = 64
 _SAMPLE_BYTES = 1 << 16
 
-# What changes results without being an option.
-_VARIABLES = (
+VARIABLES = (
     "LLAMA_TURBO_CALIBRATION",
     "LLAMA_ATTN_ROT_DISABLE",
     "LLAMA_ARG_CACHE_WINDOW",
     "LLAMA_ARG_CACHE_SINKS",
 )
+"""What changes results without being an option of every command."""
 
 
 def model(path: Path) -> dict:
@@ -65,12 +65,12 @@ def build() -> dict:
 
 def switches() -> dict[str, str]:
     """The environment's switches."""
-    return {name: os.environ[name] for name in _VARIABLES if name in os.environ}
+    return {name: os.environ[name] for name in VARIABLES if name in os.environ}
 
 
 def switch(to: Mapping[str, str]) -> None:
     """Make the environment's switches those that `switches` said elsewhere."""
-    for name in _VARIABLES:
+    for name in VARIABLES:
         os.environ.pop(name, None)
     os.environ.update(to)
 

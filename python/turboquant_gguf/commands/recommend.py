@@ -72,7 +72,8 @@ def _show(found: library.Recommendation) -> None:
     console = Console(highlight=False)
     grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     grid.add_column("cache\ntype", no_wrap=True)
-    for title in ("\nbits", "weights", "\ncache", "\nbuffers", "\nfits", "longest\ncontext", "KL from\nf16"):
+    base = found.measured.base if found.measured else "f16"
+    for title in ("\nbits", "weights", "\ncache", "\nbuffers", "\nfits", "longest\ncontext", f"KL from\n{base}"):
         grid.add_column(title, justify="right", no_wrap=True)
     for one in found.candidates:
         loss = f"{'~' if one.measured is None else ''}{one.loss:.4f}"
@@ -84,6 +85,12 @@ def _show(found: library.Recommendation) -> None:
     console.print(grid)
     if any(one.measured is None for one in found.candidates):
         console.print("[dim]~ predicted from what a small reference model loses.[/]")
+    if found.measured:
+        console.print(f"[dim]Measured on {escape(str(found.measured))}.[/]")
+    if found.left_out:
+        console.print(
+            f"[dim]Measurements of this model that do not compare were left out: {escape('; '.join(found.left_out))}.[/]"
+        )
     if found.trained_length and found.context > found.trained_length:
         console.print(f"[bold yellow]Note:[/] this model was trained for {found.trained_length} tokens.")
     if not found.best:
