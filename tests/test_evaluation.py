@@ -225,6 +225,15 @@ def test_task_with_an_error(tmp_path):
         harness.Tasks(["broken"], tmp_path)
 
 
+def test_task_without_documents(tmp_path):
+    (tmp_path / "empty.jsonl").touch()
+    data = {"data_files": str(tmp_path / "empty.jsonl")}
+    common = {"output_type": "generate_until", "test_split": "train", "dataset_path": "json"}
+    task_file(tmp_path, "mine", **common, dataset_kwargs=data)
+    with pytest.raises(TurboquantError, match="The task mine has no documents"):
+        harness.Tasks(["mine"], tmp_path)
+
+
 def test_unknown_type(tiny):
     with pytest.raises(UnknownTypeError, match="did you mean turbo4"):
         measure(tiny, types=["trubo4"])

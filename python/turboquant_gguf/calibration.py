@@ -24,7 +24,6 @@ import ctypes
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +31,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from . import ggml, outputfile
+from . import ggml, outputfile, texts
 from .errors import TurboquantError
 from .ggufile import GGUFModel, rewrite
 from .logits import Model
@@ -109,9 +108,7 @@ def calibrate(
             raise TurboquantError(f"{output} is the model itself. To replace it, use --in-place instead of -o.")
         outputfile.check(output, force)
     outputfile.check_space(output, model.stat().st_size)
-    content = (
-        text.read_text("utf-8") if text else files(__package__).joinpath("data/calibration.txt").read_text("utf-8")
-    )
+    content = texts.read(text) if text else texts.bundled("calibration.txt")
 
     found: dict[int, Layer] = {}
     columns = (TextColumn("Reading"), BarColumn(), MofNCompleteColumn(), TextColumn("windows"), TimeRemainingColumn())

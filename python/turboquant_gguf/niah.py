@@ -22,7 +22,7 @@ from rich.columns import Columns
 from rich.console import Console
 from rich.table import Table
 
-from . import haystack, provenance, server
+from . import haystack, provenance, server, texts
 from .bench import progress_bar
 from .cachetypes import CacheTypes
 from .errors import TurboquantError
@@ -188,10 +188,7 @@ def _lengths(asked: Sequence[int] | None, trained: int | None, model: Path) -> l
 def _sentences(text: Path | None, seed: int, most: int) -> list[str]:
     if text is None:
         return list(islice(haystack.generated(seed), most))
-    try:
-        return haystack.sentences_of(text.read_text("utf-8"))
-    except UnicodeDecodeError as error:
-        raise TurboquantError(f"{text} is not UTF-8 text. Convert it, or give another.") from error
+    return haystack.sentences_of(texts.read(text))
 
 
 def _ask_all(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
+from . import texts
 from .cachetypes import CacheTypes
 from .errors import TurboquantError
 from .logits import EXACT, Model
@@ -53,7 +53,7 @@ def verify(
     gguf = next((path for path in (a, b) if not path.is_dir()), None)
     if gguf is None:
         raise TurboquantError(f"Both {a} and {b} are folders. One of the two must be a GGUF.")
-    content = text.read_text("utf-8") if text else files(__package__).joinpath("data/demo.txt").read_text("utf-8")
+    content = texts.read(text) if text else texts.bundled("demo.txt")
     cache = CacheTypes.parse(types)
     with console.status("") as status:
         with Model(gguf) as model:

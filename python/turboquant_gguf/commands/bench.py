@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from .. import bench as library
-from .. import benchplot
+from .. import benchplot, messages
 from . import options
 
 EPILOG = """\b
@@ -120,8 +120,5 @@ def _show(report: library.Report, console: Console) -> None:
         console.print(f"[bold]{escape(library.heading(report))}[/]", highlight=False)
         console.print(library.table(report))
         console.print(f"[dim]{NOTE}[/]", highlight=False)
-    errors = Console(stderr=True, highlight=False)
     for failure in report.failures:
-        errors.print(f"[bold red]Error:[/] {failure.name} at depth {failure.depth}: {escape(failure.message)}")
-        if failure.details:
-            errors.print(f"[dim]{escape(failure.details)}[/]")
+        messages.error(failure.message, failure.details, of=f"{failure.name} at depth {failure.depth}")

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from .. import calibration as library
+from .. import messages
 
 EPILOG = """\b
 Examples:
@@ -74,8 +75,8 @@ def calibrate(
         return
     if done.reason:
         console.print(f"Scaled, not centred: {done.reason}.", highlight=False)
-    console.print(
+    messages.say(
         f"{escape(str(done.path))}: keys of {done.layers} layers, from {done.tokens} tokens; expected squared error of "
         f"the scores {1 / done.error:.1f} times smaller",
-        highlight=False,
+        console,
     )

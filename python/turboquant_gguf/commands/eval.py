@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from .. import evaluation as library
+from .. import messages
 from . import options
 
 EPILOG = """\b
@@ -94,11 +95,8 @@ def evaluate(click_context: click.Context, tasks: str, types: str, as_json: bool
         click.echo(json.dumps(library.as_json(report), indent=2))
     else:
         _show(report, console)
-    errors = Console(stderr=True, highlight=False)
     for failure in report.failures:
-        errors.print(f"[bold red]Error:[/] {failure.type}: {escape(failure.message)}")
-        if failure.details:
-            errors.print(f"[dim]{escape(failure.details)}[/]")
+        messages.error(failure.message, failure.details, of=failure.type)
     if report.interrupted:
         raise click.Abort
     click_context.exit(1 if report.failures else 0)

@@ -8,7 +8,7 @@ import click
 from rich.console import Console
 from rich.markup import escape
 
-from .. import benchplot, niahplot
+from .. import benchplot, messages, niahplot
 from .. import niah as library
 from . import options
 
@@ -124,7 +124,6 @@ def niah(
 
 
 def _show(report: library.Report, console: Console) -> None:
-    errors = Console(stderr=True, highlight=False)
     if report.scores:
         console.print(f"[bold]{escape(library.heading(report))}[/]", highlight=False)
         console.print(library.maps(report), highlight=False)
@@ -132,8 +131,6 @@ def _show(report: library.Report, console: Console) -> None:
         console.print(library.table(report), highlight=False)
         console.print(f"[dim]{NOTE}[/]", highlight=False)
         if not report.scores[0].found:
-            errors.print(f"[bold yellow]Note:[/] {NOTHING_FOUND}")
+            messages.say(f"[bold yellow]Note:[/] {NOTHING_FOUND}")
     for failure in report.failures:
-        errors.print(f"[bold red]Error:[/] {failure.types}: {escape(failure.message)}")
-        if failure.details:
-            errors.print(f"[dim]{escape(failure.details)}[/]")
+        messages.error(failure.message, failure.details, of=failure.types)

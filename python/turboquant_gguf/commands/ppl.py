@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .. import quality, texts
+from .. import messages, quality, texts
 from ..cachetypes import CacheTypes
 from . import options
 
@@ -107,11 +107,10 @@ def ppl(
         for sentence in quality.noise(report.results, report.settings["base"]):
             console.print(sentence, highlight=False)
         console.print(f"[dim]{NOTE.format(base=report.settings['base'])}[/]", highlight=False)
-    errors = Console(stderr=True, highlight=False)
     for refusal in report.refusals:
-        errors.print(f"[bold red]Error:[/] {refusal.types}: {escape(refusal.message)}")
+        messages.error(refusal.message, of=refusal.types)
     if report.interrupted:
-        errors.print(
+        messages.say(
             f"{report.windows} of {report.windows_asked} windows measured; the same command goes on from there."
         )
         raise click.Abort

@@ -9,7 +9,7 @@ import click
 from rich.console import Console
 from rich.markup import escape
 
-from .. import quality, reportcontents, reporttables
+from .. import messages, quality, reportcontents, reporttables
 from .. import report as library
 
 EPILOG = """\b
@@ -58,7 +58,7 @@ def report(results: Path | None, outputs: tuple[Path, ...], models: tuple[str, .
     console = Console(stderr=as_json)
     sections = library.report(results or quality.default_results(), outputs=outputs, models=models, console=console)
     for output in outputs:
-        console.print(f"{escape(str(output))} written", highlight=False)
+        messages.say(f"{escape(str(output))} written", console)
     if as_json:
         click.echo(json.dumps(reportcontents.as_json(sections), indent=2))
     elif not outputs:
