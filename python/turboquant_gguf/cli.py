@@ -1,4 +1,7 @@
-"""The `turboquant-gguf` command: collects the subcommands and turns errors into sentences and exit codes."""
+"""The command line: collects the subcommands and turns errors into sentences and exit codes.
+
+`turboquant-gguf` runs it in a process of its own (__main__.py), so that a crash of llama.cpp is a sentence, too.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from collections.abc import Sequence
 import click
 
 from . import messages
+from .__main__ import CRASH_LOG
 from .commands.bench import bench
 from .commands.calibrate import calibrate
 from .commands.convert import convert
@@ -59,6 +63,8 @@ def main(args: Sequence[str] | None = None) -> int:
         number = getattr(signal, name, None)  # Windows has no SIGHUP
         if number and signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
             signal.signal(number, _leave)
+    if descriptor := os.environ.pop(CRASH_LOG, None):
+        _redirect_c(int(descriptor))
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="replace")  # a terminal, or a file, may not have all characters
     try:
@@ -86,6 +92,13 @@ def main(args: Sequence[str] | None = None) -> int:
             "fault of ours: please report it, with what TURBOQUANT_DEBUG=1 shows."
         )
         return 1
+
+
+def _redirect_c(descriptor: int) -> None:
+    """Makes what C prints to stderr go there; what Python prints goes where it did."""
+    sys.stderr = open(os.dup(2), "w", buffering=1, encoding=sys.stderr.encoding)  # noqa: SIM115 - as long as we live
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
 
 
 def _leave(number: int, _frame: object) -> None:

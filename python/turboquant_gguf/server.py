@@ -21,7 +21,7 @@ from . import cachefacts, child, native
 from .cachefacts import CacheFacts
 from .cachetypes import CacheTypes
 from .errors import TurboquantError
-from .toolerrors import check_model_file, tool_error
+from .toolerrors import advice, check_model_file, tool_error
 
 HOST = "127.0.0.1"
 START_SECONDS = 600  # a model of tens of gigabytes from a slow disk
@@ -202,4 +202,4 @@ def _checked(response: httpx.Response) -> httpx.Response:
 def _refusal(body: str) -> TurboquantError:
     with suppress(ValueError, KeyError, TypeError):  # not llama-server's JSON: shown as it is
         body = json.loads(body)["error"]["message"]
-    return TurboquantError(f"llama-server refused the question: {body.strip()}")
+    return TurboquantError(f"llama-server refused the question: {body.strip()}. {advice(body) or ''}".rstrip())
