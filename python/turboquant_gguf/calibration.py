@@ -29,9 +29,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from . import ggml, outputfile, texts
+from . import ggml, outputfile, progress, texts
 from .errors import TurboquantError
 from .ggufile import GGUFModel, rewrite
 from .logits import Model
@@ -111,10 +110,9 @@ def calibrate(
     content = texts.read(text) if text else texts.bundled("calibration.txt")
 
     found: dict[int, Layer] = {}
-    columns = (TextColumn("Reading"), BarColumn(), MofNCompleteColumn(), TextColumn("windows"), TimeRemainingColumn())
-    with Model(model) as opened, Progress(*columns, console=console, transient=True) as bar:
+    with Model(model) as opened, progress.bar(console) as bar:
         windows = _windows(opened.tokenize(content), tokens, seed)
-        task = bar.add_task("", total=PASSES * len(windows))
+        task = bar.add_task("reading windows", total=PASSES * len(windows))
         for number in range(PASSES):
             statistics = _read(opened, windows, found, lambda: bar.advance(task))
             if not statistics.moments:

@@ -10,10 +10,9 @@ from textwrap import shorten
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from . import models, perplexity, server
+from . import models, perplexity, progress, server
 from .cachefacts import MIB
 from .cachetypes import CacheTypes
 from .toolerrors import check_model_file
@@ -65,8 +64,7 @@ def demo(
 
 def fetch_with_bar(name: str, console: Console) -> Path:
     """models.fetch with a progress bar, which shows only if there is something to fetch."""
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
+    with progress.bar(console, progress.BYTES) as bar:
         task = bar.add_task(f"fetching {models.catalogue()[name].title}", total=None, visible=False)
         return models.fetch(
             name, progress=lambda done, total: bar.update(task, completed=done, total=total, visible=True)
@@ -140,11 +138,7 @@ class _WrappedText:
 
 
 def _perplexity_with_bar(model: Path, types: CacheTypes, console: Console) -> perplexity.Perplexity:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with (
-        as_file(files("turboquant_gguf") / "data" / "demo.txt") as text,
-        Progress(*columns, console=console, transient=True) as bar,
-    ):
+    with as_file(files("turboquant_gguf") / "data" / "demo.txt") as text, progress.bar(console) as bar:
         task = bar.add_task(f"measuring perplexity with {types}", total=None)
         return perplexity.measure(
             model, types, text, on_chunk=lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,4 +1,4 @@
-"""Sentences for people. A path in them stays in one piece, so that it can be copied."""
+"""Sentences for people. Nothing in them is broken by us, so that a path can be copied; a terminal breaks its own lines."""
 
 from __future__ import annotations
 
@@ -7,13 +7,8 @@ from rich.markup import escape
 
 
 def say(text: str, console: Console | None = None) -> None:
-    """Print a paragraph in rich's markup to `console`, or to stderr.
-
-    Lines are broken between words on a terminal, and nowhere else.
-    """
-    console = console or Console(stderr=True)
-    wrap = {"overflow": "ignore", "crop": False} if console.is_terminal else {"soft_wrap": True}
-    console.print(text, highlight=False, **wrap)
+    """Print a paragraph in rich's markup to `console`, or to stderr."""
+    (console or Console(stderr=True)).print(text, highlight=False, soft_wrap=True)
 
 
 def error(message: str, details: str = "", *, of: str = "") -> None:

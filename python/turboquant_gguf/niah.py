@@ -22,8 +22,7 @@ from rich.columns import Columns
 from rich.console import Console
 from rich.table import Table
 
-from . import haystack, provenance, server, texts
-from .bench import progress_bar
+from . import haystack, progress, provenance, server, texts
 from .cachetypes import CacheTypes
 from .errors import TurboquantError
 from .ggufile import GGUFModel
@@ -200,7 +199,7 @@ def _ask_all(
     context = settings["lengths"][-1] + ANSWER_TOKENS
     arguments = (*SERVER_ARGUMENTS, *(("--threads", str(threads)) if threads else ()))
     prompts: list[Prompt] = []
-    with progress_bar(console) as bar:
+    with progress.bar(console, progress.LEFT) as bar:
         # Time goes with the tokens that are read. Attention takes longer for the later ones, but is the smaller part.
         total = sum(length for length, _, _ in grid)
         left = len(subjects) * len(grid)

@@ -23,8 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
-from . import provenance, texts
-from .bench import progress_bar
+from . import progress, provenance, texts
 from .cachetypes import CacheTypes
 from .errors import TurboquantError
 from .logits import UBATCH, Model
@@ -298,7 +297,11 @@ def ppl(
     needed = list(dict.fromkeys([experiment.base, *asked]))
     results = results or default_results()
     interrupted = False
-    with Store(results) as store, Model(model, gpu_layers=gpu_layers) as opened, progress_bar(console) as bar:
+    with (
+        Store(results) as store,
+        Model(model, gpu_layers=gpu_layers) as opened,
+        progress.bar(console, progress.LEFT) as bar,
+    ):
         cut = experiment.windows(opened)[:windows]
         key = (KIND, facts, experiment.settings)
         task = bar.add_task("", total=None, left="")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from . import outputfile, reportcontents, reportcsv, reportplots, reporttables
+from . import outputfile, progress, reportcontents, reportcsv, reportplots, reporttables
 from .errors import TurboquantError
 from .reportcontents import Section
 from .store import Store
@@ -45,7 +45,7 @@ def report(
         names = ", ".join(dict.fromkeys(section.model["name"] for section in sections))
         raise TurboquantError(f"No model in {results} is called {' or '.join(models)}. There are: {names}.")
     for output in outputs:
-        with console.status(f"writing {output.name}"), outputfile.beside(output) as unfinished:
+        with progress.status(console, f"writing {output.name}"), outputfile.beside(output) as unfinished:
             _WRITERS[output.suffix.lower()](shown, unfinished)
     return shown
 

@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from . import provenance, quality, texts, workers
+from . import progress, provenance, quality, texts, workers
 from .cachetypes import CacheTypes
 from .cells import Cell, Failure, QualityCell, RetrievalCell, SpeedCell, TaskCell
 from .logits import Model
@@ -29,7 +28,6 @@ PREFILL, DECODE = 512, 32
 
 _REFERENCE = CacheTypes("f16", "f16")
 _SHARED_WINDOWS = 4  # in one piece of work for a cluster: few enough to spread, and for a crash to lose little
-_DAY = 24 * 3600
 
 
 @dataclass
@@ -105,8 +103,7 @@ def sweep(
 
 
 def _measure(cells: Sequence[Cell], cluster: str | None, store: Store, report: Report, console: Console) -> None:
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, speed_estimate_period=_DAY) as bar:
+    with progress.bar(console) as bar:
         plan = [lacks for cell in cells if (lacks := _lacks(cell, store, cluster)).rows]
         report.asked = sum(cell.rows for cell in plan)
         report.known = sum(cell.rows for cell in cells) - report.asked

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
-from . import texts
+from . import progress, texts
 from .cachetypes import CacheTypes
 from .errors import TurboquantError
 from .logits import EXACT, Model
@@ -55,12 +55,11 @@ def verify(
         raise TurboquantError(f"Both {a} and {b} are folders. One of the two must be a GGUF.")
     content = texts.read(text) if text else texts.bundled("demo.txt")
     cache = CacheTypes.parse(types)
-    with console.status("") as status:
-        with Model(gguf) as model:
-            prompt = model.tokenize(content)[:tokens]
-        found = []
-        for path in (a, b):
-            status.update(f"Running {path.name}")
+    with Model(gguf) as model:
+        prompt = model.tokenize(content)[:tokens]
+    found = []
+    for path in (a, b):
+        with progress.status(console, f"running {path.name}"):
             found.append(run_checkpoint(path, prompt) if path.is_dir() else run_gguf(path, prompt, cache))
     return compare(*found)
 
