@@ -289,7 +289,7 @@ def ppl(
     """
     asked = list(dict.fromkeys(CacheTypes.parse(name) for name in types))
     experiment = Experiment(texts.load(text), CacheTypes.parse(base), context, decode, threads, gpu_layers)
-    facts = provenance.model(model)
+    facts = provenance.model(model, console)
     refusals = refused(model, [experiment.base, *asked])
     if experiment.base in refusals:
         raise TurboquantError(refusals[experiment.base])

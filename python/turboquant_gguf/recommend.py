@@ -13,6 +13,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from . import findings, provenance, quality
 from .cachetypes import CacheTypes
 from .errors import TurboquantError
@@ -114,15 +116,21 @@ def reference(calibrated: bool) -> Reference:
 
 
 def recommend(
-    model: Path, *, memory: int, context: int, types: Sequence[str] = (), results: Sequence[Path] = ()
+    model: Path,
+    *,
+    memory: int,
+    context: int,
+    types: Sequence[str] = (),
+    results: Sequence[Path] = (),
+    console: Console | None = None,
 ) -> Recommendation:
     """The types that lose least among those with which `context` tokens of `model` (a GGUF) fit in `memory` bytes.
 
     types: which to choose from; none means all that the reference model was measured with. results: files of
-    measurements (store.Store), besides the one in the user's cache folder. Raises TurboquantError if the model
+    measurements (store.Store), besides the one in the user's cache folder. console: where the progress goes. Raises TurboquantError if the model
     cannot be used.
     """
-    facts = provenance.model(model)
+    facts = provenance.model(model, console)
     known = reference(facts["calibrated"])
     asked = [CacheTypes.parse(name) for name in types or known.losses]
     if unknown := [str(pair) for pair in asked if str(pair) not in known.losses]:

@@ -70,12 +70,12 @@ _ADVICE = {
     sqlite3.SQLITE_LOCKED: "is being written by another process. Wait for that to end, or stop it.",
     sqlite3.SQLITE_READONLY: "cannot be written. Change its permissions or those of its folder, or choose another file.",
     sqlite3.SQLITE_PERM: "may not be opened. Change its permissions, or choose another file.",
-    sqlite3.SQLITE_CANTOPEN: "cannot be opened. See that its folder exists and that you may write there, or choose "
-    "another file.",
+    sqlite3.SQLITE_CANTOPEN: "cannot be opened as a file of measurements. See that its folder exists and that you may "
+    "write there, or choose another file.",
     sqlite3.SQLITE_FULL: "cannot grow: the disk is full. Free some space; what was measured before is kept.",
     sqlite3.SQLITE_IOERR: "cannot be read or written: the disk is full or damaged. Free some space, or choose another "
     "file.",
-    sqlite3.SQLITE_NOTADB: "is not one. Choose another, or move it away.",
+    sqlite3.SQLITE_NOTADB: "is not a file of measurements. Choose another, or move it away.",
 }
 _DAMAGED = "is damaged. Move it away and measure again; `sqlite3 FILE .recover` may save some of what it holds."
 
@@ -149,7 +149,7 @@ class Store:
             raise self._unusable(_DAMAGED, f"{type(error).__name__}: {error}") from error
 
     def _unusable(self, advice: str, cause: str) -> TurboquantError:
-        return TurboquantError(f"The file of measurements {self.path} {advice.replace('FILE', str(self.path))}", cause)
+        return TurboquantError(f"{self.path} {advice.replace('FILE', str(self.path))}", cause)
 
     def add(
         self,

@@ -81,7 +81,7 @@ def sweep(
     with Store(results) as store:
         cells: list[Cell] = []
         for model in models:
-            facts = provenance.model(model)
+            facts = provenance.model(model, console)
             refused = quality.refused(model, pairs)
             report.failures += [Failure(f"{model.name}, {pair}", reason) for pair, reason in refused.items()]
             common = (model, facts, tuple(pair for pair in pairs if pair not in refused), threads)

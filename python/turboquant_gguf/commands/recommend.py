@@ -59,7 +59,12 @@ def recommend(
     reference model. Prints the llama-server command to run.
     """
     found = library.recommend(
-        model, memory=memory, context=context, types=types.split(",") if types else (), results=results
+        model,
+        memory=memory,
+        context=context,
+        types=types.split(",") if types else (),
+        results=results,
+        console=Console(stderr=as_json),
     )
     if as_json:
         click.echo(json.dumps(asdict(found), indent=2))
