@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny_architectures
 from click.testing import CliRunner
+from rich.console import Console
 from turboquant_gguf import cli, native, provenance, quality
 from turboquant_gguf.cachetypes import CacheTypes
 from turboquant_gguf.modelmemory import ModelMemory
@@ -159,7 +160,8 @@ def test_ppl_against_another_base_is_no_loss(tiny, tmp_path):
         assert done.exit_code == 0, done.output
         return " ".join(done.stdout.split())
 
-    run("ppl", tiny, *common, "--base", "q8_0", "--context", "600")
+    quiet = {"console": Console(quiet=True), "text": str(text), "types": ["q8_0", "turbo4"], "windows": 1}
+    quality.ppl(tiny, base="q8_0", context=600, **quiet)
     question = ["recommend", tiny, "--memory", "1GiB", "--context", "1000", "--types", "q8_0,turbo4"]
     shown = run(*question)
     assert "measured on this model" not in shown and "left out: compared with q8_0." in shown

@@ -174,6 +174,7 @@ class TaskCell(Cell):
             types=list(map(str, self.types)),
             task_folder=self.task_folder,
             limit=self.limit,
+            threads=self.threads,
             console=_QUIET,
         )
         values: dict[str, list] = {}

@@ -106,6 +106,7 @@ def evaluate(
     max_tokens: int | None = None,
     seed: int = 1234,
     samples: Path | None = None,
+    threads: int | None = None,
     console: Console,
 ) -> Report:
     """Let `model` do `tasks` of lm-eval at temperature 0 with each cache type, with progress on `console`.
@@ -115,7 +116,7 @@ def evaluate(
     all. num_fewshot: examples in each prompt, None for what the task says. chat: put prompts as messages in the model's
     chat template; None does if it has one. context: tokens of one prompt and its answer. parallel: documents at a time.
     max_tokens: of an answer; None for what the task says. seed: of the choice of examples. samples: a JSON Lines file
-    for lm-eval's record of every document.
+    for lm-eval's record of every document. threads: of the CPU; None leaves it to llama-server.
 
     A type that fails is listed in the report's failures while the others go on. Ctrl-C ends it early: the report then
     holds the types that were finished, and says `interrupted`. Raises TurboquantError if not even f16 can be measured,
@@ -145,7 +146,8 @@ def evaluate(
     def run(pair: CacheTypes, on_answer: Callable[[], object]) -> EvalResults:
         # No cache of old prompts in memory, which could grow to gigabytes and hardly ever be of use.
         extra = ("--parallel", str(parallel), "--cache-ram", "0")
-        with server.running(model, pair, context=context * parallel, extra_args=extra) as running:
+        size = context * parallel
+        with server.running(model, pair, context=size, threads=threads, extra_args=extra) as running:
             try:
                 return loaded.run(running.url, chat=chat, on_answer=on_answer, **options)
             except ConnectionError as error:

@@ -197,7 +197,6 @@ def _ask_all(
     settings = report.settings
     grid = [(n, d, t) for t in range(settings["trials"]) for n in settings["lengths"] for d in settings["depths"]]
     context = settings["lengths"][-1] + ANSWER_TOKENS
-    arguments = (*SERVER_ARGUMENTS, *(("--threads", str(threads)) if threads else ()))
     prompts: list[Prompt] = []
     with progress.bar(console, progress.LEFT) as bar:
         # Time goes with the tokens that are read. Attention takes longer for the later ones, but is the smaller part.
@@ -208,7 +207,9 @@ def _ask_all(
             text = f"{types}  loading the model"
             bar.update(task, description=text, completed=number * total, left=left - number * len(grid))
             try:
-                with server.running(model, types, context=context, extra_args=arguments) as running:
+                with server.running(
+                    model, types, context=context, threads=threads, extra_args=SERVER_ARGUMENTS
+                ) as running:
                     if not prompts:
                         report.machine = _machine(running)
                         bar.update(task, description="writing the prompts")

@@ -14,6 +14,7 @@ p being the distribution of the unquantized cache, and q that of the cache in qu
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from pathlib import Path
@@ -34,6 +35,9 @@ from .texts import Text
 
 DEFAULT_TYPES = ("f16", "q8_0", "q5_0", "q4_0", "turbo4", "turbo4:turbo3", "turbo3", "turbo2")
 DEFAULT_CONTEXT = 512
+BASES = ("f16", "f32")
+"""Caches that lose nothing, or next to it: a loss is counted from them."""
+
 KIND = "quality"
 """Of these measurements in a Store."""
 
@@ -295,7 +299,10 @@ def ppl(
         raise TurboquantError(refusals[experiment.base])
     asked = [pair for pair in asked if pair not in refusals]
     needed = list(dict.fromkeys([experiment.base, *asked]))
-    results = results or default_results()
+    if not results:
+        results = default_results()
+        with suppress(OSError):  # Store says so, and what to do
+            results.parent.mkdir(parents=True, exist_ok=True)
     interrupted = False
     with (
         Store(results) as store,
@@ -340,9 +347,7 @@ def ppl(
 
 def default_results() -> Path:
     """The file of measurements in the user's cache folder."""
-    folder = cache_folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / "measurements.sqlite"
+    return cache_folder() / "measurements.sqlite"
 
 
 def plan(

@@ -22,9 +22,6 @@ from .inspection import size_text
 from .modelmemory import ModelMemory, Size
 from .store import Store
 
-BASES = ("f16", "f32")
-"""Caches against which a loss is a loss."""
-
 _LONG_ENOUGH = 512
 """Tokens of context from which on a measurement tells what longer ones lose."""
 
@@ -204,7 +201,7 @@ def _measured(
 def _not_comparable(settings: Mapping[str, Any], context: int) -> str:
     """Why measurements do not tell what a context of `context` tokens loses here; empty if they do."""
     base, build, own = CacheTypes.parse(settings["base"]), settings["build"], provenance.build()
-    if str(base) not in BASES:
+    if str(base) not in quality.BASES:
         return f"compared with {base}"
     if build["turboquant_gguf"] != own["turboquant_gguf"]:
         return f"by version {build['turboquant_gguf']}"
@@ -281,4 +278,8 @@ def _reason(
 def _command(model: Path, context: int, best: Candidate) -> str:
     types = CacheTypes.parse(best.types)
     words = ["llama-server", "--model", str(model), "--ctx-size", str(context), "--parallel", "1", "--flash-attn", "on"]
-    return shlex.join([*words, "--cache-type-k", types.k, "--cache-type-v", types.v])
+    words += ["--cache-type-k", types.k, "--cache-type-v", types.v]
+    for name in ("window", "sinks"):
+        if chosen := os.environ.get(f"LLAMA_ARG_CACHE_{name.upper()}"):
+            words += [f"--cache-{name}", chosen]
+    return shlex.join(words)

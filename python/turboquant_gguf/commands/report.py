@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from .. import messages, quality, reportcontents, reporttables
 from .. import report as library
+from . import options
 
 EPILOG = """\b
 Forms, by the suffix of -o:
@@ -35,11 +36,13 @@ Examples:
 @click.argument("results", type=click.Path(path_type=Path), required=False)
 @click.option(
     "-o",
+    "--output",
     "outputs",
     type=click.Path(path_type=Path),
     multiple=True,
     metavar="FILE",
-    help="What to write, replacing what has that name; may be given several times [default: tables on the terminal]",
+    callback=lambda *of: tuple(options.new_file(*of[:2], path) for path in of[2]),
+    help="What to write; may be given several times [default: tables on the terminal]",
 )
 @click.option(
     "--model",
@@ -48,8 +51,11 @@ Examples:
     metavar="NAME",
     help="Only models whose names contain NAME; may be given several times.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print all of it as JSON.")
-def report(results: Path | None, outputs: tuple[Path, ...], models: tuple[str, ...], as_json: bool) -> None:
+@options.force
+@options.json("all of it")
+def report(
+    results: Path | None, outputs: tuple[Path, ...], models: tuple[str, ...], force: bool, as_json: bool
+) -> None:
     """Show what is in RESULTS, a file of measurements: quality, speed, retrieval and tasks, model by model.
 
     RESULTS comes from ppl --results or sweep; without it, the file in the user's cache folder is taken. Where the same

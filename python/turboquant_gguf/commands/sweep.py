@@ -104,13 +104,13 @@ def _kinds(_context: click.Context, _parameter: click.Parameter, text: str) -> t
     help="Where tasks of your own are.",
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Documents of each task [default: all]")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads [default: one a core]")
+@options.threads
 @click.option(
     "--cluster",
     metavar="ADDRESS",
     help="Share the work among the workers of a Dask scheduler, such as tcp://10.0.0.1:8786.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print what was done as JSON; all else goes to stderr.")
+@options.json("what was done")
 @click.pass_context
 def sweep(
     context_: click.Context,
