@@ -245,7 +245,7 @@ def test_unknown_type(tiny):
         (["tiny", "--types", "turbo4"], 2, "Missing option '--tasks'"),
         (["tiny", "--tasks", " ,"], 2, "--tasks names no task."),
         (["tiny", *LOCAL, "--limit", "0"], 2, "0 is not in the range x>=1"),
-        (["tiny", *LOCAL, "--samples", "absent/samples.jsonl"], 1, "There is no folder"),
+        (["tiny", *LOCAL, "--samples", "absent/samples.jsonl"], 2, "There is no folder"),
         (["tiny", "--tasks", TASK, "--task-folder", "absent"], 2, "'absent' does not exist"),
         (["absent.gguf", *LOCAL], 1, "There is no model file absent.gguf."),
         ([__file__, *LOCAL], 1, "is not a GGUF file"),
