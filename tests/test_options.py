@@ -1,6 +1,7 @@
 """Options mean the same in all commands, and what cannot work is refused before the work."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -110,7 +111,7 @@ def test_a_folder_is_no_model(llama, command):
     more = {"recommend": ["--memory", "1GiB", "--context", "9"], "verify": [llama], "ppl": ["--text", "text.txt"]}
     first = ["--model"] if command == "demo" else []
     done = invoke(command, *first, "x.gguf", *more.get(command, ()))
-    assert isinstance(done.exception, TurboquantError) and "x.gguf is a folder" in str(done.exception)
+    assert isinstance(done.exception, TurboquantError) and re.search("x.gguf(: it)? is a folder", str(done.exception))
 
 
 @pytest.mark.parametrize("size", ["8", "0.5", "1023", "-8GiB", "8G"])

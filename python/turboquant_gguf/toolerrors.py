@@ -44,7 +44,7 @@ _TAIL_LINES = 8
 def check_model_file(path: Path) -> None:
     """Raise TurboquantError unless `path` is a file that begins like a GGUF."""
     if path.is_dir():
-        raise TurboquantError(f"{path} is a folder, not a model file. Give the path of a GGUF file.")
+        raise TurboquantError(f"There is no model file {path}: it is a folder. Give the path of a GGUF file.")
     if not path.is_file():
         raise TurboquantError(f"There is no model file {path}. Give the path of a GGUF file.")
     try:
