@@ -225,6 +225,15 @@ def test_task_with_an_error(tmp_path):
         harness.Tasks(["broken"], tmp_path)
 
 
+def test_task_without_documents(tmp_path):
+    (tmp_path / "empty.jsonl").touch()
+    data = {"data_files": str(tmp_path / "empty.jsonl")}
+    common = {"output_type": "generate_until", "test_split": "train", "dataset_path": "json"}
+    task_file(tmp_path, "mine", **common, dataset_kwargs=data)
+    with pytest.raises(TurboquantError, match="The task mine has no documents"):
+        harness.Tasks(["mine"], tmp_path)
+
+
 def test_unknown_type(tiny):
     with pytest.raises(UnknownTypeError, match="did you mean turbo4"):
         measure(tiny, types=["trubo4"])
@@ -236,7 +245,7 @@ def test_unknown_type(tiny):
         (["tiny", "--types", "turbo4"], 2, "Missing option '--tasks'"),
         (["tiny", "--tasks", " ,"], 2, "--tasks names no task."),
         (["tiny", *LOCAL, "--limit", "0"], 2, "0 is not in the range x>=1"),
-        (["tiny", *LOCAL, "--samples", "absent/samples.jsonl"], 1, "There is no folder"),
+        (["tiny", *LOCAL, "--samples", "absent/samples.jsonl"], 2, "There is no folder"),
         (["tiny", "--tasks", TASK, "--task-folder", "absent"], 2, "'absent' does not exist"),
         (["absent.gguf", *LOCAL], 1, "There is no model file absent.gguf."),
         ([__file__, *LOCAL], 1, "is not a GGUF file"),

@@ -155,7 +155,7 @@ def test_smollm2_finds_needles(smollm2, tmp_path):
     plot = tmp_path / "found.png"
     pytest.importorskip("matplotlib")
     options = ("--types", "turbo4", "--lengths", "512,256", "--depths", "0,100", "--threads", "1")
-    done = run(smollm2, *options, "--plot", plot, "--json", "-")
+    done = run(smollm2, *options, "--plot", plot, "--json")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["settings"]["types"] == ["f16", "turbo4"]
@@ -225,7 +225,7 @@ def test_text_of_the_user(tiny, tmp_path):
 
 def test_a_type_that_fails_does_not_stop_the_others(tmp_path):
     model = tiny_model.write(tmp_path / "odd.gguf", head_size=80)
-    done = run(model, "--types", "turbo4,bf16", "--lengths", str(TINY_LENGTH), "--depths", "0", "--json", "-")
+    done = run(model, "--types", "turbo4,bf16", "--lengths", str(TINY_LENGTH), "--depths", "0", "--json")
     assert done.returncode == 1
     report = json.loads(done.stdout)
     (failure,) = report["failures"]
@@ -257,7 +257,7 @@ def test_without_f16_there_is_nothing_to_compare_with(tiny, tmp_path):
         (["--trials", "0"], 2, "0 is not in the range"),
         (["--text", "absent.txt"], 2, "absent.txt"),
         (["--plot", "found.jpg"], 2, "'found.jpg' does not end in .png"),
-        (["--json", "absent/found.json"], 2, "There is no folder absent."),
+        (["--plot", "absent/found.png"], 2, "There is no folder absent."),
     ],
 )
 def test_errors_are_sentences(tiny, options, code, sentence):
@@ -286,11 +286,12 @@ def test_ctrl_c_keeps_what_was_found(tiny, tmp_path):
     temporary.mkdir()
     trials = 40
     reader, writer = pty.openpty()  # the bar, which says when turbo4 is asked, is shown to terminals alone
-    process = subprocess.Popen(
-        [*COMMAND, tiny, "--types", "turbo4,turbo3,turbo2", "--lengths", str(TINY_LENGTH), "--depths", "50",
-         "--trials", str(trials), "--threads", "1", "--json", written],
-        env={**os.environ, **NARROW, "TERM": "xterm", "TMPDIR": str(temporary)}, stdout=writer, stderr=writer,
-    )  # fmt: skip
+    with written.open("w") as output:
+        process = subprocess.Popen(
+            [*COMMAND, tiny, "--types", "turbo4,turbo3,turbo2", "--lengths", str(TINY_LENGTH), "--depths", "50",
+             "--trials", str(trials), "--threads", "1", "--json"],
+            env={**os.environ, **NARROW, "TERM": "xterm", "TMPDIR": str(temporary)}, stdout=output, stderr=writer,
+        )  # fmt: skip
     os.close(writer)
     seen = b""
     while b"turbo4  480 tokens" not in seen:

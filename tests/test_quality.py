@@ -224,11 +224,12 @@ def test_later_rows_count(tmp_path):
             store.add("kind", model, F16, settings, value, machine={"devices": ["x"]})
         store.add("kind", model, F16, settings, b"3", part=1)
         store.add("kind", model, F16, {"a": [2]}, b"4")
+        store.add("kind", model, F16, settings, b"6", machine={"devices": ["y"]})
     with Store(tmp_path / "store") as store:
         store.add("kind", {"name": "m", "fingerprint": "2"}, F16, settings, b"5")
         renamed = {"name": "another", "fingerprint": "1"}
-        assert store.find("kind", renamed, {"a": [2], "b": 1}) == {(F16, 0): b"2", (F16, 1): b"3"}
-        assert [row.value for row in store.all("kind")] == [b"1", b"2", b"3", b"4", b"5"]
+        assert store.find("kind", renamed, {"a": [2], "b": 1}) == {(F16, 0): b"6", (F16, 1): b"3"}
+        assert [row.value for row in store.all("kind")] == [b"2", b"3", b"4", b"6", b"5"]  # 2 took the place of 1
         assert store.all("kind")[0].machine == {"devices": ["x"]}
         assert store.all("kind")[2].machine == provenance.machine()
         assert store.all("other") == []

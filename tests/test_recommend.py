@@ -3,11 +3,14 @@
 import json
 import shlex
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_architectures
 from click.testing import CliRunner
+from rich.console import Console
 from turboquant_gguf import cli, native, provenance, quality
 from turboquant_gguf.cachetypes import CacheTypes
 from turboquant_gguf.modelmemory import ModelMemory
@@ -23,14 +26,20 @@ def no_measurements(tmp_path, monkeypatch, smollm2):
     monkeypatch.setattr(quality, "cache_folder", lambda: tmp_path)
 
 
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory) -> Path:
+    """A model that llama.cpp opens in no time."""
+    return tiny_architectures.write(tmp_path_factory.mktemp("llama") / "llama.gguf", "llama")
+
+
 def total(model: Path, types: str) -> int:
     with ModelMemory(model) as memory:
         return memory.size(CacheTypes.parse(types), CONTEXT).total
 
 
-def measured(model: Path, path: Path, losses: dict[str, float], windows: int = 1) -> Path:
+def measured(model: Path, path: Path, losses: dict[str, float], windows: int = 1, **settings) -> Path:
     """A file of measurements in which each type has the same loss for every token."""
-    settings = {"text": "t", "base": "f16", "context": 32}
+    settings = {"text": "t", "base": "f16", "context": 512, "decode": False, "build": provenance.build()} | settings
     with Store(path) as store:
         for name, loss in losses.items():
             scores = np.full(15, 0, quality.SCORES)
@@ -86,6 +95,80 @@ def test_measurements_of_the_model_go_before_predictions(smollm2, calibrated, tm
     # what ppl keeps by default is found without being named
     measured(smollm2, tmp_path / "measurements.sqlite", {"f16": 0, "turbo4": 0.0001}, windows=2)
     assert recommend(smollm2, memory=memory, context=CONTEXT, results=[mine]).best.types == "turbo4"
+
+
+@pytest.mark.parametrize(
+    "settings, because",
+    [
+        ({"base": "q8_0"}, "compared with q8_0"),
+        ({"context": 256}, "with a context of 256 tokens, too short to tell"),
+        ({"build": {"turboquant_gguf": "0.0.1", "llama_cpp": "1"}}, "by version 0.0.1"),
+        ({"build": provenance.build() | {"LLAMA_ARG_CACHE_WINDOW": "0"}}, "with LLAMA_ARG_CACHE_WINDOW=0"),
+    ],
+)
+def test_measurements_that_do_not_compare_are_left_out(llama, tmp_path, settings, because):
+    """They say that turbo2 loses nothing; what remains says that it does, or nothing."""
+    losses = {"f16": 0, "q8_0": 0, "turbo2": 0, "turbo4": 0.1}
+    wrong = measured(llama, tmp_path / "wrong.sqlite", losses, 9, **settings)
+    options = {"memory": 1 << 40, "context": CONTEXT, "types": ["turbo4", "turbo2"]}
+    alone = recommend(llama, **options, results=[wrong])
+    assert alone == replace(recommend(llama, **options), left_out=[because])
+    right = measured(llama, tmp_path / "right.sqlite", {"f16": 0, "turbo2": 0.2, "turbo4": 0.1})
+    both = recommend(llama, **options, results=[right, wrong])
+    assert (both.best.types, both.best.measured) == ("turbo4", pytest.approx(0.1))
+    assert (both.measured.tokens, both.left_out) == (15, [because])
+
+
+def test_a_window_of_ones_own_needs_measurements_with_it(llama, tmp_path, monkeypatch):
+    mine = measured(llama, tmp_path / "mine.sqlite", {"f16": 0, "turbo4": 0.1})
+    monkeypatch.setenv("LLAMA_ARG_CACHE_WINDOW", "200")
+    found = recommend(llama, memory=1 << 40, context=CONTEXT, results=[mine])
+    assert (found.measured, found.left_out) == (None, ["without LLAMA_ARG_CACHE_WINDOW"])
+    measured(llama, mine, {"f16": 0, "turbo4": 0})  # all of a context of 512 is in the window, but for a little
+    found = recommend(llama, memory=1 << 40, context=CONTEXT, results=[mine])
+    assert found.measured is None and "with a context of 512 tokens, too short to tell" in found.left_out
+    assert recommend(llama, memory=1 << 40, context=400, results=[mine]).measured.context == 512
+
+
+def test_losses_that_are_compared_come_from_one_text_and_one_build(llama, tmp_path):
+    other = {"turboquant_gguf": provenance.build()["turboquant_gguf"], "llama_cpp": "another"}
+    files = [
+        measured(llama, tmp_path / "1", {"f16": 0, "turbo4": 0.3}, 9, text="easy"),
+        measured(llama, tmp_path / "2", {"f16": 0, "turbo4": 0.2, "turbo3": 0.4}, 2, text="hard"),
+        measured(llama, tmp_path / "3", {"f16": 0, "turbo4": 0.1, "turbo3": 0.1, "turbo2": 0.1}, 9, build=other),
+    ]
+
+    def losses(which: list[Path]) -> dict[str, float]:
+        found = recommend(llama, memory=1 << 40, context=CONTEXT, results=which)
+        return {one.types: pytest.approx(one.measured) for one in found.candidates if one.measured}, found.measured
+
+    found, used = losses(files)  # most types of this build's
+    assert found == {"turbo4": 0.2, "turbo3": 0.4}
+    assert str(used).startswith("30 tokens of hard in a context of 512, against f16, 20")
+    found, used = losses(files[2:])  # another build's, if there are no others
+    assert len(found) == 3 and str(used).endswith(", with another build")
+
+
+def test_ppl_against_another_base_is_no_loss(tiny, tmp_path):
+    """ppl --base q8_0 says that q8_0 loses 0.0000: of itself."""
+    text = tmp_path / "text.txt"
+    text.write_bytes(bytes(np.random.default_rng(0).integers(97, 123, 3000, np.uint8)))
+    common = ["--text", str(text), "--types", "q8_0,turbo4", "--windows", "1"]
+
+    def run(*arguments: str) -> str:
+        done = CliRunner().invoke(cli.cli, list(map(str, arguments)))
+        assert done.exit_code == 0, done.output
+        return " ".join(done.stdout.split())
+
+    quiet = {"console": Console(quiet=True), "text": str(text), "types": ["q8_0", "turbo4"], "windows": 1}
+    quality.ppl(tiny, base="q8_0", context=600, **quiet)
+    question = ["recommend", tiny, "--memory", "1GiB", "--context", "1000", "--types", "q8_0,turbo4"]
+    shown = run(*question)
+    assert "measured on this model" not in shown and "left out: compared with q8_0." in shown
+    run("ppl", tiny, *common, "--context", "600")
+    shown = run(*question)
+    assert "measured on this model" in shown and "Measured on 299 tokens of text.txt in a context of 600" in shown
+    assert "left out: compared with q8_0." in shown
 
 
 def test_nothing_fits(smollm2):

@@ -133,6 +133,41 @@ def add_task(
         add(store, "task", types, {"task": task, "limit": 200}, [cell], **where)
 
 
+@pytest.mark.parametrize("name", ["=1+1", "+1", "-1", "@SUM(1)", "\t=1", "\r=1", " =1", "-"])
+def test_names_are_no_formulas_in_csv(results, name):
+    with Store(results) as store:
+        add_quality(store, {"f16": 0, "q4_0": 0.05}, model=MODEL | {"name": name})
+        add_speed(store, {"f16": 1, "turbo4": 2}, model=MODEL | {"name": name})
+        add_task(store, "arc", {"f16": None, "turbo4": (-0.01, True)}, model=MODEL | {"name": name})
+    with write(results, "r.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["model"] for row in rows} == {f"'{name}"}
+    assert not any(cell.lstrip(" ").startswith(tuple("=+@\t\r")) for row in rows for cell in row.values())
+    negative = [row["value"] for row in rows if row["value"].startswith("-")]
+    assert negative == ["-0.01"]  # a number is one
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numbers that are absurd
+@pytest.mark.parametrize("seed", range(8))
+def test_damaged_files_are_sentences(full, seed):
+    """Bytes of a file of measurements are overwritten: it is shown as far as it makes sense, or refused by name."""
+    rng = np.random.default_rng(seed)
+    whole = full.read_bytes()
+    refused = 0
+    for _ in range(40):
+        content = bytearray(whole)
+        for at in rng.integers(100, len(content), 4 ** rng.integers(1, 5)):
+            content[at] = rng.integers(256)
+        full.write_bytes(content)
+        for options in (["--json"], [], ["-o", full.with_name("r.csv"), "-o", full.with_name("r.md")]):
+            done = CliRunner().invoke(command, [str(full), *map(str, options)])
+            if isinstance(done.exception, TurboquantError):
+                refused += str(full) in str(done.exception)
+            elif done.exception:
+                raise done.exception
+    assert 5 < refused < 120
+
+
 def write(results: Path, name: str, **options) -> Path:
     path = results.with_name(name)
     report.report(results, outputs=[path], console=Console(quiet=True), **options)

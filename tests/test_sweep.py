@@ -183,6 +183,27 @@ def test_an_interrupted_sweep_ends_its_processes(tiny, text, tmp_path, number):
         assert "The same command goes on from there." in errors
 
 
+def test_two_sweeps_into_one_file_measure_everything_once(tiny, text, tmp_path):
+    results = tmp_path / "results.sqlite"
+    options = ("--windows", "40", "--json")
+    both = [
+        subprocess.Popen(command(tiny, text, results, *options), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for _ in range(2)
+    ]
+    done = [json.loads(process.communicate()[0]) for process in both]
+    assert [report["failures"] for report in done] == [[], []]
+    assert sum(report["added"] for report in done) == 80 == len(rows(results))
+    assert [report["known"] + report["added"] for report in done] == [80, 80]
+
+
+def test_a_killed_sweep_leaves_its_work_to_others(tiny, text, tmp_path):
+    results = tmp_path / "results.sqlite"
+    process = started(tiny, text, results, "--windows", "1000", rows_first=5)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    goes_on(tiny, text, results)
+
+
 # ---- clusters ----
 
 

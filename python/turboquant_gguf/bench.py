@@ -18,10 +18,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from . import cachefacts, child, native
+from . import cachefacts, child, native, progress
 from .cachefacts import CacheFacts
 from .cachetypes import CacheTypes
 from .demo import DEFAULT_MODEL, fetch_with_bar
@@ -31,7 +30,6 @@ from .toolerrors import check_model_file, tool_error
 DEFAULT_TYPES = ("f16", "q8_0", "q4_0", "turbo4", "turbo3", "turbo2", "turbo4:turbo3")
 DEFAULT_DEPTHS = (0, 4096, 16384)
 GB = 1e9
-DAY = 24 * 3600
 
 
 @dataclass(frozen=True)
@@ -183,7 +181,7 @@ def _measure_all(report: Report, subjects: list[Subject], options: Sequence, con
         for subject in (subjects if number % 2 == 0 else subjects[::-1])
     ]
     failed_at: dict[Subject, int] = {}
-    with progress_bar(console) as bar:
+    with progress.bar(console, progress.LEFT) as bar:
         # Time goes with the tokens that are processed: the context once, the prefill twice (to warm up), and decoding.
         tokens = [depth + 2 * report.settings["prefill"] + 8 * report.settings["decode"] for _, depth, _ in plan]
         task = bar.add_task("", total=sum(tokens), left=len(plan))
@@ -199,20 +197,6 @@ def _measure_all(report: Report, subjects: list[Subject], options: Sequence, con
                     failed_at[subject] = depth
                     report.failures.append(Failure(subject.name, depth, str(error), error.details))
             bar.advance(task, tokens[done])
-
-
-def progress_bar(console: Console) -> Progress:
-    """A bar for long steps. Its tasks have a description, a total, and the field `left`: how many steps are."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=None),
-        TextColumn("{task.fields[left]} left"),
-        TimeRemainingColumn(),
-    )
-    # Steps may take minutes, so that the estimate needs all of them.
-    return Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal, speed_estimate_period=DAY
-    )
 
 
 def _measure(report: Report, subject: Subject, options: Sequence, number: int, depth: int) -> None:

@@ -21,18 +21,17 @@ gains.
 from __future__ import annotations
 
 import ctypes
+import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from . import ggml, outputfile
+from . import ggml, outputfile, progress, texts
 from .errors import TurboquantError
 from .ggufile import GGUFModel, rewrite
 from .logits import Model
@@ -85,6 +84,7 @@ def calibrate(
     text: Path | None = None,
     tokens: int = DEFAULT_TOKENS,
     seed: int = 0,
+    threads: int | None = None,
     force: bool = False,
     console: Console,
 ) -> Calibration:
@@ -92,7 +92,7 @@ def calibrate(
 
     output: the copy; None names it after the model, in the current folder. in_place: replace the model by it. text: a
     UTF-8 file; None takes the one in the package. tokens: how many of it to read; of a longer text, windows of 1024 are
-    drawn at random (seed). force: replace an existing output. console: where the progress goes.
+    drawn at random (seed). threads: of the CPU. force: replace an existing output. console: where the progress goes.
     Raises TurboquantError with what to do about it.
     """
     with GGUFModel(model) as file:
@@ -108,18 +108,16 @@ def calibrate(
         if output.exists() and output.samefile(model):
             raise TurboquantError(f"{output} is the model itself. To replace it, use --in-place instead of -o.")
         outputfile.check(output, force)
+    _require_writable(output.absolute().parent)
     outputfile.check_space(output, model.stat().st_size)
-    content = (
-        text.read_text("utf-8") if text else files(__package__).joinpath("data/calibration.txt").read_text("utf-8")
-    )
+    content = texts.read(text) if text else texts.bundled("calibration.txt")
 
     found: dict[int, Layer] = {}
-    columns = (TextColumn("Reading"), BarColumn(), MofNCompleteColumn(), TextColumn("windows"), TimeRemainingColumn())
-    with Model(model) as opened, Progress(*columns, console=console, transient=True) as bar:
+    with Model(model) as opened, progress.bar(console) as bar:
         windows = _windows(opened.tokenize(content), tokens, seed)
-        task = bar.add_task("", total=PASSES * len(windows))
+        task = bar.add_task("reading windows", total=PASSES * len(windows))
         for number in range(PASSES):
-            statistics = _read(opened, windows, found, lambda: bar.advance(task))
+            statistics = _read(opened, windows, found, threads, lambda: bar.advance(task))
             if not statistics.moments:
                 raise TurboquantError(
                     f"{model} has no keys that can be calibrated: it stores none, or shares them with its values."
@@ -131,6 +129,16 @@ def calibrate(
         rewrite(model, unfinished, KEY, _metadata(found, layers, statistics.centred))
     error = statistics.error / before
     return Calibration(output, sum(map(len, windows)), len(found), statistics.centred, statistics.reason, error)
+
+
+def _require_writable(folder: Path) -> None:
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise TurboquantError(
+            f"Nothing can be written into {folder}: {error.strerror}. Write elsewhere with -o."
+        ) from error
 
 
 def _windows(prompt: Sequence[int], tokens: int, seed: int) -> list[list[int]]:
@@ -271,7 +279,11 @@ class _Statistics:
 
 
 def _read(
-    model: Model, windows: Sequence[Sequence[int]], known: dict[int, Layer], on_window: Callable[[], None]
+    model: Model,
+    windows: Sequence[Sequence[int]],
+    known: dict[int, Layer],
+    threads: int | None,
+    on_window: Callable[[], None],
 ) -> _Statistics:
     """Run the model over every window. known: centre and scale of each layer so far."""
     statistics = _Statistics(known)
@@ -279,7 +291,7 @@ def _read(
     with ExitStack() as owned:
         observer = ggml.function("turbo_observer_new")(callback, None)
         owned.callback(ggml.function("turbo_observer_free"), observer)
-        context = owned.enter_context(model.open(WINDOW, observer=observer))
+        context = owned.enter_context(model.open(WINDOW, observer=observer, threads=threads))
         for window in windows:
             context.clear()
             with deferred() as statistics.interrupted:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from rich.console import Console
 
@@ -66,6 +66,14 @@ class Cell(ABC):
         """How many rows it gives."""
         return len(self.types)
 
+    def without(self, known: Collection[tuple[CacheTypes, int]]) -> Self:
+        """The same without the rows that are `known`: types and part."""
+        return replace(self, types=tuple(pair for pair in self.types if (pair, 0) not in known))
+
+    def split(self, size: int) -> list[Self]:
+        """The same in several cells, for several machines. size: parts in each."""
+        return [self]
+
     @abstractmethod
     def measure(self) -> Iterator[Row | Failure]:
         """Measure. A type that fails is a Failure; raises TurboquantError if the whole cell does."""
@@ -107,8 +115,10 @@ class QualityCell(Cell):
                 for pair, scores in self.experiment.measure(model, cut[number], types):
                     yield Row(pair, scores.tobytes(), number)
 
-    def split(self, size: int) -> list[QualityCell]:
-        """The same in cells of at most `size` windows."""
+    def without(self, known: Collection[tuple[CacheTypes, int]]) -> Self:
+        return replace(self, windows=quality.plan(known, self.windows))
+
+    def split(self, size: int) -> list[Self]:
         numbers = list(self.windows)
         parts = (numbers[begin : begin + size] for begin in range(0, len(numbers), size))
         return [replace(self, windows={number: self.windows[number] for number in part}) for part in parts]
@@ -164,6 +174,7 @@ class TaskCell(Cell):
             types=list(map(str, self.types)),
             task_folder=self.task_folder,
             limit=self.limit,
+            threads=self.threads,
             console=_QUIET,
         )
         values: dict[str, list] = {}

@@ -1,8 +1,9 @@
-"""Child processes that never outlive the block that uses them."""
+"""Child processes that never outlive the block that uses them, nor us, however we end."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -13,25 +14,40 @@ from .signals import deferred
 
 GRACE_SECONDS = 5
 
+# Becomes the command, and leaves a process behind that waits for the end of a pipe which only we can write to. That end
+# comes with ours, SIGKILL included, and then it kills the group, which is the command, its children and itself. So it
+# is there before the command is, and a number given to another process meanwhile cannot be meant.
+_WITH_US = """
+{ trap '' HUP INT TERM; read -r _; kill -s KILL -- -$$; } <"/dev/fd/$1" >/dev/null 2>&1 &
+shift
+exec "$@"
+"""
+
 
 @contextmanager
 def running(command: Sequence[str | Path], **popen) -> Iterator[subprocess.Popen]:
     """Run `command` for the length of the block and stop it, with its own children, on the way out.
 
-    The child gets a session of its own, so that Ctrl-C reaches only us and the order of stopping is ours.
-    A signal that ends Python on the spot (an unhandled SIGTERM, SIGKILL) skips this; the command line handles SIGTERM.
+    The child gets a session of its own, so that Ctrl-C reaches only us and the order of stopping is ours. If we are
+    killed (SIGKILL), so is it, at once.
     `popen`: further arguments of subprocess.Popen. Raises OSError if the command cannot be started.
     """
+    words = [str(word) for word in command]
+    if not shutil.which(words[0]):
+        raise FileNotFoundError(2, "There is no such program", words[0])
+    alive, ours = os.pipe()
+    options = {"stdin": subprocess.DEVNULL, **popen, "pass_fds": (alive, *popen.get("pass_fds", ()))}
     process = None
     try:
         with deferred():  # a signal while it starts would leave a child that nobody knows
-            process = subprocess.Popen(
-                [str(word) for word in command], stdin=subprocess.DEVNULL, start_new_session=True, **popen
-            )
+            command = ["/bin/sh", "-c", _WITH_US, "sh", str(alive), *words]
+            process = subprocess.Popen(command, start_new_session=True, **options)
         yield process
     finally:
         if process:
             _stop(process)
+        os.close(alive)
+        os.close(ours)
 
 
 def _stop(process: subprocess.Popen) -> None:

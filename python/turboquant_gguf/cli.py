@@ -1,4 +1,7 @@
-"""The `turboquant-gguf` command: collects the subcommands and turns errors into sentences and exit codes."""
+"""The command line: collects the subcommands and turns errors into sentences and exit codes.
+
+`turboquant-gguf` runs it in a process of its own (__main__.py), so that a crash of llama.cpp is a sentence, too.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,9 @@ import traceback
 from collections.abc import Sequence
 
 import click
-from rich.console import Console
-from rich.markup import escape
 
+from . import messages
+from .__main__ import CRASH_LOG
 from .commands.bench import bench
 from .commands.calibrate import calibrate
 from .commands.convert import convert
@@ -57,23 +60,45 @@ cli.add_command(verify)
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command with `args` (default: those of the process) and return its exit code."""
     for name in ("SIGTERM", "SIGHUP"):
-        if number := getattr(signal, name, None):  # Windows has no SIGHUP
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number and signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
             signal.signal(number, _leave)
+    if descriptor := os.environ.pop(CRASH_LOG, None):
+        _redirect_c(int(descriptor))
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors="replace")  # a terminal, or a file, may not have all characters
     try:
-        return cli.main(args=args, prog_name="turboquant-gguf", standalone_mode=False) or 0
+        code = cli.main(args=args, prog_name="turboquant-gguf", standalone_mode=False) or 0
+        sys.stdout.flush()  # here, where it can still be said that it fails
+        return code
     except click.ClickException as error:
         error.show()
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
-        _say("Interrupted.")
+        messages.say("Interrupted.")
         return 128 + signal.SIGINT
     except TurboquantError as error:
         _report(str(error), error.details)
         return error.exit_code
+    except BrokenPipeError:  # whoever read what we print has seen enough
+        return _flushed(1)
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
-        _report(f"{error.strerror or error}{where}")
+        _report(f"{error.strerror or error}{where}.")
+        return _flushed(1)
+    except Exception as error:
+        _report(
+            f"turboquant-gguf failed over something it does not expect ({type(error).__name__}: {error}). That is a "
+            "fault of ours: please report it, with what TURBOQUANT_DEBUG=1 shows."
+        )
         return 1
+
+
+def _redirect_c(descriptor: int) -> None:
+    """Makes what C prints to stderr go there; what Python prints goes where it did."""
+    sys.stderr = open(os.dup(2), "w", buffering=1, encoding=sys.stderr.encoding)  # noqa: SIM115 - as long as we live
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
 
 
 def _leave(number: int, _frame: object) -> None:
@@ -81,16 +106,19 @@ def _leave(number: int, _frame: object) -> None:
     sys.exit(128 + number)
 
 
+def _flushed(code: int) -> int:
+    """`code`, with stdout flushed; or given up, so that Python does not try it again as it ends, and complain."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return code
+
+
 def _report(message: str, details: str = "") -> None:
     if os.environ.get("TURBOQUANT_DEBUG"):
         traceback.print_exc()
-    _say(f"[bold red]Error:[/] {escape(message)}")
-    if details:
-        _say(f"[dim]{escape(details)}[/]")
-
-
-def _say(text: str) -> None:
-    Console(stderr=True, highlight=False).print(text)
+    messages.error(message, details)
 
 
 if __name__ == "__main__":

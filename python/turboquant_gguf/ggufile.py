@@ -174,8 +174,7 @@ class GGUFModel:
     """All files of a model: one, or the parts that llama-gguf-split makes. A context manager.
 
     path: any of its files. paths: all of them, in order. metadata: of the first. tensors: of all. size: bytes of all
-    files. data_offsets: the byte of each at which metadata ends and tensors begin. Raises TurboquantError as GGUFFile
-    does, and where a part is missing or not the one its name says.
+    files. Raises TurboquantError as GGUFFile does, and where a part is missing or not the one its name says.
     """
 
     def __init__(self, path: Path) -> None:
@@ -186,7 +185,6 @@ class GGUFModel:
             self.metadata = files[0].metadata
             self.tensors = tuple(tensor for file in files for tensor in file.tensors)
             self.size = sum(file.size for file in files)
-            self.data_offsets = tuple(file.ask("gguf_get_data_offset") for file in files)
             for number, file in enumerate(files):
                 if len(files) > 1 and file.metadata.get("split.no") != number:
                     raise TurboquantError(f"{file.path} is not part {number + 1} of its model. Download it again.")

@@ -57,6 +57,8 @@ class Tasks:
             self._loaded = _load(manager, wanted)
         for name, task in self._loaded["tasks"].items():
             _require_generation(name, task.OUTPUT_TYPE)  # of tasks written in Python, which no YAML says
+            if not len(task.eval_docs):
+                raise _without_documents(name)
         self.names = tuple(self._loaded["tasks"])
 
     def requests(self, limit: int | None) -> int:
@@ -162,8 +164,14 @@ def _load(manager: TaskManager, wanted: Sequence[str]) -> TaskDict:
             "the cache of Hugging Face (HF_DATASETS_OFFLINE=1 then asks nobody), or give tasks of your own with "
             "--task-folder."
         ) from error
+    except StopIteration as error:
+        raise _without_documents(", ".join(wanted)) from error
     except Exception as error:  # a task is a program of its author
         raise TurboquantError(f"{', '.join(wanted)} cannot be loaded: {type(error).__name__}: {error}") from error
+
+
+def _without_documents(name: str) -> TurboquantError:
+    return TurboquantError(f"The task {name} has no documents: its data is empty.")
 
 
 def _require_generation(name: str, output_type: str | None) -> None:

@@ -179,7 +179,10 @@ def parse_size(text: str) -> int:
     unit = written and {name.lower(): size for name, size in _UNITS.items()}.get(written[2].lower() or "b")
     if not unit or not float(written[1]):
         raise ValueError(f"{text!r} is not a size of memory. Write it like 8GiB, 500MB or 8589934592.")
-    return int(float(written[1]) * unit)
+    size = int(float(written[1]) * unit)
+    if not written[2] and size < _UNITS["KiB"]:
+        raise ValueError(f"{text!r} would be bytes, in which nothing fits. Write it like 8GiB, 500MB or 8589934592.")
+    return size
 
 
 def size_text(count: int) -> str:

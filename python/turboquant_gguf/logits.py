@@ -66,13 +66,15 @@ class Model:
         return self.bindings.llama_vocab_bos(self._vocabulary) if wanted else None
 
     def tokenize(self, text: str) -> list[int]:
-        """Tokens of a text, with those that the model wants at the beginning."""
+        """Tokens of a text, with those that the model wants at the beginning. Raises TurboquantError if there are none."""
         data = text.encode()
         room = len(data) + 8
         tokens = (ctypes.c_int32 * room)()
         count = self.bindings.llama_tokenize(self._vocabulary, data, len(data), tokens, room, True, False)
         if count < 0:
             raise TurboquantError("The model's tokenizer made more tokens of the text than it has bytes.")
+        if not count:
+            raise TurboquantError("The model's tokenizer makes no tokens of this text. Give another.")
         return list(tokens[:count])
 
     def open(

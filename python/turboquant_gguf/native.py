@@ -3,6 +3,9 @@
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
+from ipaddress import ip_address
+from itertools import pairwise
 from pathlib import Path
 from typing import NoReturn
 
@@ -34,6 +37,24 @@ def run_tool() -> NoReturn:
         path = tool_path(name)
     except FileNotFoundError as error:
         sys.exit(str(error))
+    if name == "ggml-rpc-server" and (host := beyond_loopback(sys.argv[1:])):
+        print(
+            f"Warning: ggml-rpc-server asks nobody who they are. Whoever reaches {host} can run what they like on this "
+            "machine and read its memory: use it in a network of your own only, behind a firewall.",
+            file=sys.stderr,
+            flush=True,
+        )
     if sys.platform == "win32":  # exec would return to the shell before the program ends
         sys.exit(subprocess.call([path, *sys.argv[1:]]))
     os.execv(path, [str(path), *sys.argv[1:]])
+
+
+def beyond_loopback(arguments: Sequence[str]) -> str | None:
+    """The address at which ggml-rpc-server listens with these arguments, if other machines can reach it."""
+    hosts = [value for option, value in pairwise(arguments) if option in ("-H", "--host")]
+    if not hosts or hosts[-1] == "localhost":
+        return None
+    try:
+        return None if ip_address(hosts[-1]).is_loopback else hosts[-1]
+    except ValueError:  # a name
+        return hosts[-1]

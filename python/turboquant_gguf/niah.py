@@ -22,8 +22,7 @@ from rich.columns import Columns
 from rich.console import Console
 from rich.table import Table
 
-from . import haystack, provenance, server
-from .bench import progress_bar
+from . import haystack, progress, provenance, server, texts
 from .cachetypes import CacheTypes
 from .errors import TurboquantError
 from .ggufile import GGUFModel
@@ -188,10 +187,7 @@ def _lengths(asked: Sequence[int] | None, trained: int | None, model: Path) -> l
 def _sentences(text: Path | None, seed: int, most: int) -> list[str]:
     if text is None:
         return list(islice(haystack.generated(seed), most))
-    try:
-        return haystack.sentences_of(text.read_text("utf-8"))
-    except UnicodeDecodeError as error:
-        raise TurboquantError(f"{text} is not UTF-8 text. Convert it, or give another.") from error
+    return haystack.sentences_of(texts.read(text))
 
 
 def _ask_all(
@@ -201,9 +197,8 @@ def _ask_all(
     settings = report.settings
     grid = [(n, d, t) for t in range(settings["trials"]) for n in settings["lengths"] for d in settings["depths"]]
     context = settings["lengths"][-1] + ANSWER_TOKENS
-    arguments = (*SERVER_ARGUMENTS, *(("--threads", str(threads)) if threads else ()))
     prompts: list[Prompt] = []
-    with progress_bar(console) as bar:
+    with progress.bar(console, progress.LEFT) as bar:
         # Time goes with the tokens that are read. Attention takes longer for the later ones, but is the smaller part.
         total = sum(length for length, _, _ in grid)
         left = len(subjects) * len(grid)
@@ -212,7 +207,9 @@ def _ask_all(
             text = f"{types}  loading the model"
             bar.update(task, description=text, completed=number * total, left=left - number * len(grid))
             try:
-                with server.running(model, types, context=context, extra_args=arguments) as running:
+                with server.running(
+                    model, types, context=context, threads=threads, extra_args=SERVER_ARGUMENTS
+                ) as running:
                     if not prompts:
                         report.machine = _machine(running)
                         bar.update(task, description="writing the prompts")

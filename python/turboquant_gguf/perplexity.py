@@ -24,18 +24,23 @@ class Perplexity:
 
 
 def measure(
-    model: Path, types: CacheTypes, text: Path, *, on_chunk: Callable[[int, int], None] | None = None
+    model: Path,
+    types: CacheTypes,
+    text: Path,
+    *,
+    threads: int | None = None,
+    on_chunk: Callable[[int, int], None] | None = None,
 ) -> Perplexity:
     """The perplexity of `text` (a UTF-8 file of at least 1,024 tokens), read in chunks of 512 tokens.
 
-    on_chunk: called with (chunks done, chunks in all). Raises TurboquantError if the tool fails, or if its cache
+    threads: of the CPU. on_chunk: called with (chunks done, chunks in all). Raises TurboquantError if the tool fails, or if its cache
     has other types than `types`.
     """
     check_model_file(model)
     command = [
         native.tool_path("llama-perplexity"), "--model", model, "--file", text, "--ctx-size", str(CHUNK_TOKENS),
         "--batch-size", str(CHUNK_TOKENS), "--cache-type-k", types.k, "--cache-type-v", types.v,
-        *cachefacts.LOG_ARGUMENTS,
+        *(("--threads", str(threads)) if threads else ()), *cachefacts.LOG_ARGUMENTS,
     ]  # fmt: skip
     log = ""
     with child.running(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:

@@ -10,27 +10,27 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
-from . import ggml
+from rich.console import Console
+
+from . import filehash, ggml
 from .ggufile import GGUFModel
 
 _LIBRARIES = ("ggml-base", "ggml-cpu", "llama")
-_SAMPLES = 64
-_SAMPLE_BYTES = 1 << 16
 
-# What changes results without being an option.
-_VARIABLES = (
+VARIABLES = (
     "LLAMA_TURBO_CALIBRATION",
     "LLAMA_ATTN_ROT_DISABLE",
     "LLAMA_ARG_CACHE_WINDOW",
     "LLAMA_ARG_CACHE_SINKS",
 )
+"""What changes results without being an option of every command."""
 
 
-def model(path: Path) -> dict:
-    """Facts of a GGUF, among them a fingerprint that stands for its content.
+def model(path: Path, console: Console | None = None) -> dict:
+    """Facts of a GGUF, among them a fingerprint that stands for its content, every byte of it.
 
-    trained_length: tokens, None if the file does not say. calibrated: whether it has a calibration of its keys. The
-    fingerprint is made of the metadata, and of samples of the tensors: hashing tens of gigabytes takes minutes.
+    trained_length: tokens, None if the file does not say. calibrated: whether it has a calibration of its keys.
+    console: where the progress goes, if reading tens of gigabytes takes minutes.
     """
     with GGUFModel(path) as file:
         architecture = file.metadata["general.architecture"]
@@ -42,20 +42,8 @@ def model(path: Path) -> dict:
             "bytes": file.size,
             "calibrated": any(key.startswith("turboquant.keys.") for key in file.metadata),
         }
-        return facts | {"fingerprint": _fingerprint(file)}
-
-
-def _fingerprint(file: GGUFModel) -> str:
-    digest = hashlib.sha256()
-    for path, data in zip(file.paths, file.data_offsets, strict=True):
-        size = path.stat().st_size
-        with path.open("rb") as stream:
-            digest.update(b"%d\n" % size)
-            digest.update(stream.read(data))
-            for number in range(_SAMPLES):
-                stream.seek(data + (size - data) * number // _SAMPLES)
-                digest.update(stream.read(_SAMPLE_BYTES))
-    return digest.hexdigest()[:16]
+        hashes = filehash.sha256(file.paths, console or Console(quiet=True))
+        return facts | {"fingerprint": hashlib.sha256("".join(hashes).encode()).hexdigest()[:16]}
 
 
 def build() -> dict:
@@ -65,12 +53,12 @@ def build() -> dict:
 
 def switches() -> dict[str, str]:
     """The environment's switches."""
-    return {name: os.environ[name] for name in _VARIABLES if name in os.environ}
+    return {name: os.environ[name] for name in VARIABLES if name in os.environ}
 
 
 def switch(to: Mapping[str, str]) -> None:
     """Make the environment's switches those that `switches` said elsewhere."""
-    for name in _VARIABLES:
+    for name in VARIABLES:
         os.environ.pop(name, None)
     os.environ.update(to)
 

@@ -13,7 +13,8 @@ p being the distribution of the unquantized cache, and q that of the cache in qu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from pathlib import Path
@@ -23,8 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
-from . import provenance, texts
-from .bench import progress_bar
+from . import progress, provenance, texts
 from .cachetypes import CacheTypes
 from .errors import TurboquantError
 from .logits import UBATCH, Model
@@ -35,6 +35,9 @@ from .texts import Text
 
 DEFAULT_TYPES = ("f16", "q8_0", "q5_0", "q4_0", "turbo4", "turbo4:turbo3", "turbo3", "turbo2")
 DEFAULT_CONTEXT = 512
+BASES = ("f16", "f32")
+"""Caches that lose nothing, or next to it: a loss is counted from them."""
+
 KIND = "quality"
 """Of these measurements in a Store."""
 
@@ -290,34 +293,46 @@ def ppl(
     """
     asked = list(dict.fromkeys(CacheTypes.parse(name) for name in types))
     experiment = Experiment(texts.load(text), CacheTypes.parse(base), context, decode, threads, gpu_layers)
-    facts = provenance.model(model)
+    facts = provenance.model(model, console)
     refusals = refused(model, [experiment.base, *asked])
     if experiment.base in refusals:
         raise TurboquantError(refusals[experiment.base])
     asked = [pair for pair in asked if pair not in refusals]
     needed = list(dict.fromkeys([experiment.base, *asked]))
-    results = results or default_results()
+    if not results:
+        results = default_results()
+        with suppress(OSError):  # Store says so, and what to do
+            results.parent.mkdir(parents=True, exist_ok=True)
     interrupted = False
-    with Store(results) as store, Model(model, gpu_layers=gpu_layers) as opened:
+    with (
+        Store(results) as store,
+        Model(model, gpu_layers=gpu_layers) as opened,
+        progress.bar(console, progress.LEFT) as bar,
+    ):
         cut = experiment.windows(opened)[:windows]
-        known = store.find(KIND, facts, experiment.settings)
-        todo = plan(known, len(cut), needed)
-        if len(todo) < len(cut):
-            console.print(f"{len(cut) - len(todo)} of {len(cut)} windows were measured before.", highlight=False)
+        key = (KIND, facts, experiment.settings)
+        task = bar.add_task("", total=None, left="")
+
+        def wait(other: str) -> None:
+            bar.update(task, description=f"waiting for {other}, which measures the same")
+
         try:
-            with progress_bar(console) as bar:
+            with store.claimed(*key, wait):
+                todo = plan(store.find(*key), dict.fromkeys(range(len(cut)), needed))
+                if len(todo) < len(cut):
+                    console.print(f"{len(cut) - len(todo)} of {len(cut)} windows were measured before.", highlight=False)
                 passes = sum(map(len, todo.values()))
-                task = bar.add_task("", total=passes, left=passes)
+                bar.reset(task, total=passes, left=passes)
                 for number, missing in todo.items():
                     bar.update(task, description=f"window {number + 1} of {len(cut)}")
                     for pair, scores in experiment.measure(opened, cut[number], missing):
-                        store.add(KIND, facts, pair, experiment.settings, scores.tobytes(), part=number)
+                        store.add(*key[:2], pair, key[2], scores.tobytes(), part=number)
                         passes -= 1
                         bar.update(task, advance=1, left=passes)
         except KeyboardInterrupt:
             interrupted = True
-        known = store.find(KIND, facts, experiment.settings)
-    scores, complete = gather(known, len(cut), needed)
+        with store.reading():
+            scores, complete = gather(store.find(*key), len(cut), needed)
     found = summarize(scores, experiment.base) if complete else []
     return Report(
         model=facts,
@@ -332,16 +347,14 @@ def ppl(
 
 def default_results() -> Path:
     """The file of measurements in the user's cache folder."""
-    folder = cache_folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / "measurements.sqlite"
+    return cache_folder() / "measurements.sqlite"
 
 
 def plan(
-    known: Mapping[tuple[CacheTypes, int], bytes], windows: int, types: Sequence[CacheTypes]
+    known: Collection[tuple[CacheTypes, int]], wanted: Mapping[int, Sequence[CacheTypes]]
 ) -> dict[int, list[CacheTypes]]:
-    """The windows that are not complete, and which types are missing there."""
-    missing = {number: [pair for pair in types if (pair, number) not in known] for number in range(windows)}
+    """Of the types `wanted` in each window those that are missing; windows that lack none are left out."""
+    missing = {number: [pair for pair in types if (pair, number) not in known] for number, types in wanted.items()}
     return {number: pairs for number, pairs in missing.items() if pairs}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import statistics
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,9 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
+
+from rich.console import Console
 
 from . import findings, provenance, quality
 from .cachetypes import CacheTypes
@@ -17,6 +21,11 @@ from .errors import TurboquantError
 from .inspection import size_text
 from .modelmemory import ModelMemory, Size
 from .store import Store
+
+_LONG_ENOUGH = 512
+"""Tokens of context from which on a measurement tells what longer ones lose."""
+
+_TIMES_WINDOW = 4  # in a context of that many recent windows, most of what is read is quantized
 
 
 @dataclass(frozen=True)
@@ -44,10 +53,35 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """The measurements of the model that were used: all of one text, read in one way by one build.
+
+    base: what losses are counted from. context: tokens in a window. tokens: predicted ones, of the type that has most.
+    own_build: whether this build of turboquant-gguf made them. time: of the last, UTC, ISO 8601.
+    """
+
+    text: str
+    base: str
+    context: int
+    decode: bool
+    tokens: int
+    own_build: bool
+    time: str
+
+    def __str__(self) -> str:
+        how = ", token by token" if self.decode else ""
+        build = "" if self.own_build else ", with another build"
+        tokens = f"{self.tokens} tokens of {self.text} in a context of {self.context}{how}"
+        return f"{tokens}, against {self.base}, {self.time[:10]}{build}"
+
+
+@dataclass(frozen=True)
 class Recommendation:
     """The best types, and all that were considered, the best first. best: None if nothing fits.
 
-    reason: why this one, or why none, in a sentence. command: the line that runs llama-server with it.
+    reason: why this one, or why none, in a sentence. command: the line that runs llama-server with it. measured: where
+    measured losses come from; None if there are none. left_out: what else there is of the model, and why it does not
+    compare.
     """
 
     model: str
@@ -58,6 +92,8 @@ class Recommendation:
     best: Candidate | None
     reason: str
     command: str | None
+    measured: Measured | None
+    left_out: list[str]
 
 
 @dataclass(frozen=True)
@@ -77,22 +113,29 @@ def reference(calibrated: bool) -> Reference:
 
 
 def recommend(
-    model: Path, *, memory: int, context: int, types: Sequence[str] = (), results: Sequence[Path] = ()
+    model: Path,
+    *,
+    memory: int,
+    context: int,
+    types: Sequence[str] = (),
+    results: Sequence[Path] = (),
+    console: Console | None = None,
 ) -> Recommendation:
     """The types that lose least among those with which `context` tokens of `model` (a GGUF) fit in `memory` bytes.
 
     types: which to choose from; none means all that the reference model was measured with. results: files of
-    measurements (store.Store), besides the one in the user's cache folder. Raises TurboquantError if the model
+    measurements (store.Store), besides the one in the user's cache folder. console: where the progress goes. Raises TurboquantError if the model
     cannot be used.
     """
-    facts = provenance.model(model)
+    facts = provenance.model(model, console)
     known = reference(facts["calibrated"])
     asked = [CacheTypes.parse(name) for name in types or known.losses]
     if unknown := [str(pair) for pair in asked if str(pair) not in known.losses]:
         raise TurboquantError(
             f"There is no prediction for {', '.join(unknown)}. Choose from {', '.join(known.losses)}."
         )
-    measured = _measured(facts, [path for path in (quality.default_results(), *results) if path.is_file()])
+    paths = [path for path in (quality.default_results(), *results) if path.is_file()]
+    measured, used, left_out = _measured(facts, paths, asked, context)
     factor = _factor(measured, known)
     candidates = []
     with ModelMemory(model) as counted:
@@ -120,24 +163,79 @@ def recommend(
         trained_length=facts["trained_length"],
         candidates=candidates,
         best=best,
-        reason=_reason(best, candidates, known, memory, context),
+        reason=_reason(best, candidates, known, used, memory, context),
         command=_command(model, context, best) if best else None,
+        measured=used,
+        left_out=left_out,
     )
 
 
-def _measured(facts: dict, paths: Sequence[Path]) -> dict[CacheTypes, float]:
-    """Mean KL divergences of the model, from the measurement over most tokens, and of several such the last."""
-    found: dict[CacheTypes, quality.Quality] = {}
+def _measured(
+    facts: Mapping[str, Any], paths: Sequence[Path], asked: Sequence[CacheTypes], context: int
+) -> tuple[dict[CacheTypes, float], Measured | None, list[str]]:
+    """Mean KL divergences of the model by types, where they come from, and what was left out.
+
+    Of measurements that compare with each other, those of this build go first, then those of most of the types asked
+    for, of most tokens, the latest. Among them, each type counts as measured over most tokens.
+    """
+    groups: dict[str, list[findings.QualityFinding]] = {}
+    left_out: dict[str, None] = {}
     for path in paths:
-        with Store(path, read_only=True) as store:
+        with Store(path, read_only=True) as store, store.reading():
             for one in findings.of_quality(store):
                 if one.model["fingerprint"] != facts["fingerprint"]:
                     continue
-                for result in one.results:
-                    pair = CacheTypes(result.type_k, result.type_v)
-                    if pair not in found or result.tokens >= found[pair].tokens:
-                        found[pair] = result
-    return {pair: result.kld_mean for pair, result in found.items()}
+                if reason := _not_comparable(one.settings, context):
+                    left_out[reason] = None
+                else:
+                    groups.setdefault(json.dumps(one.settings, sort_keys=True), []).append(one)
+    sets = [_merged(same) for same in groups.values()]
+    if not sets:
+        return {}, None, list(left_out)
+    losses, used = max(
+        sets, key=lambda one: (one[1].own_build, len(one[0].keys() & set(asked)), one[1].tokens, one[1].time)
+    )
+    return losses, used, list(left_out)
+
+
+def _not_comparable(settings: Mapping[str, Any], context: int) -> str:
+    """Why measurements do not tell what a context of `context` tokens loses here; empty if they do."""
+    base, build, own = CacheTypes.parse(settings["base"]), settings["build"], provenance.build()
+    if str(base) not in quality.BASES:
+        return f"compared with {base}"
+    if build["turboquant_gguf"] != own["turboquant_gguf"]:
+        return f"by version {build['turboquant_gguf']}"
+    for name in (name for name in provenance.VARIABLES if build.get(name) != own.get(name)):
+        return f"with {name}={build[name]}" if name in build else f"without {name}"
+    if settings["context"] < min(context, max(_LONG_ENOUGH, _TIMES_WINDOW * _recent_window())):
+        return f"with a context of {settings['context']} tokens, too short to tell"
+    return ""
+
+
+def _recent_window() -> int:
+    chosen = os.environ.get("LLAMA_ARG_CACHE_WINDOW", "")
+    return int(chosen) if chosen.isdecimal() else 0
+
+
+def _merged(same: Sequence[findings.QualityFinding]) -> tuple[dict[CacheTypes, float], Measured]:
+    """Findings of the same settings as one."""
+    best: dict[CacheTypes, quality.Quality] = {}
+    for one in same:
+        for result in one.results:
+            pair = CacheTypes(result.type_k, result.type_v)
+            if pair not in best or result.tokens >= best[pair].tokens:
+                best[pair] = result
+    settings = same[0].settings
+    used = Measured(
+        text=settings["text"],
+        base=settings["base"],
+        context=settings["context"],
+        decode=settings["decode"],
+        tokens=max(result.tokens for result in best.values()),
+        own_build=settings["build"] == provenance.build(),
+        time=max(one.time for one in same),
+    )
+    return {pair: result.kld_mean for pair, result in best.items()}, used
 
 
 def _factor(measured: Mapping[CacheTypes, float], known: Reference) -> float:
@@ -148,7 +246,12 @@ def _factor(measured: Mapping[CacheTypes, float], known: Reference) -> float:
 
 
 def _reason(
-    best: Candidate | None, candidates: Sequence[Candidate], known: Reference, memory: int, context: int
+    best: Candidate | None,
+    candidates: Sequence[Candidate],
+    known: Reference,
+    used: Measured | None,
+    memory: int,
+    context: int,
 ) -> str:
     if not candidates:
         return "llama.cpp takes none of these types for this model."
@@ -162,7 +265,10 @@ def _reason(
             f"{longest.longest_context} tokens fit with {longest.types}."
         )
     if best.measured is not None:
-        return f"It loses least of those that fit: KL divergence {best.measured:.4f} from f16, measured on this model."
+        return (
+            f"It loses least of those that fit: KL divergence {best.measured:.4f} from {used.base}, measured on this "
+            "model."
+        )
     return (
         f"It should lose least of those that fit: KL divergence {best.predicted:.4f} from f16, predicted from "
         f"{known.model}; larger models lose less. `turboquant-gguf ppl` measures this one."
@@ -172,4 +278,8 @@ def _reason(
 def _command(model: Path, context: int, best: Candidate) -> str:
     types = CacheTypes.parse(best.types)
     words = ["llama-server", "--model", str(model), "--ctx-size", str(context), "--parallel", "1", "--flash-attn", "on"]
-    return shlex.join([*words, "--cache-type-k", types.k, "--cache-type-v", types.v])
+    words += ["--cache-type-k", types.k, "--cache-type-v", types.v]
+    for name in ("window", "sinks"):
+        if chosen := os.environ.get(f"LLAMA_ARG_CACHE_{name.upper()}"):
+            words += [f"--cache-{name}", chosen]
+    return shlex.join(words)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from . import outputfile, reportcontents, reportcsv, reportplots, reporttables
+from . import outputfile, progress, reportcontents, reportcsv, reportplots, reporttables
 from .errors import TurboquantError
 from .reportcontents import Section
 from .store import Store
@@ -33,8 +33,9 @@ def report(
         raise TurboquantError(
             f"There is no file of measurements {results}. turboquant-gguf sweep and ppl --results make one."
         )
-    with Store(results, read_only=True) as store:
+    with Store(results, read_only=True) as store, store.reading():
         sections = reportcontents.read(store)
+        reporttables.markdown(sections)  # looks at everything, so that what is damaged is found here
     if not sections:
         raise TurboquantError(
             f"Nothing is measured yet in {results}. Measure with: turboquant-gguf sweep MODEL --results {results}"
@@ -44,7 +45,7 @@ def report(
         names = ", ".join(dict.fromkeys(section.model["name"] for section in sections))
         raise TurboquantError(f"No model in {results} is called {' or '.join(models)}. There are: {names}.")
     for output in outputs:
-        with console.status(f"writing {output.name}"), outputfile.beside(output) as unfinished:
+        with progress.status(console, f"writing {output.name}"), outputfile.beside(output) as unfinished:
             _WRITERS[output.suffix.lower()](shown, unfinished)
     return shown
 

@@ -25,6 +25,9 @@ _QUALITY = {
 }  # fmt: skip
 _SPEED = ("decode_speed", "decode_ratio", "cache_traffic", "prefill_speed", "prefill_ratio")
 
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\0")
+"""What a cell begins with that spreadsheets compute."""
+
 Rows = Iterator[tuple[CacheTypes, dict[str, Any]]]
 
 
@@ -40,7 +43,13 @@ def write(sections: Sequence[Section], path: Path) -> None:
             for part in parts(section, machines):
                 same = model | {"kind": part.kind, "conditions": part.conditions, "source": part.source}
                 for types, row in _ROWS[part.kind](part.finding):
-                    writer.writerow(same | {"type_k": types.k, "type_v": types.v, "bits": types.bits} | row)
+                    cells = same | {"type_k": types.k, "type_v": types.v, "bits": types.bits} | row
+                    writer.writerow({name: _inert(cell) for name, cell in cells.items()})
+
+
+def _inert(cell: Any) -> Any:
+    """A text that no spreadsheet takes for a formula: names of models and texts are not ours. Numbers stay."""
+    return f"'{cell}" if isinstance(cell, str) and cell.lstrip(" ").startswith(_FORMULA) else cell
 
 
 def _quality(finding: QualityFinding) -> Rows:

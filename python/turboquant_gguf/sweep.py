@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from . import provenance, quality, texts, workers
+from . import progress, provenance, quality, texts, workers
 from .cachetypes import CacheTypes
 from .cells import Cell, Failure, QualityCell, RetrievalCell, SpeedCell, TaskCell
 from .logits import Model
-from .store import Store
+from .store import POLL_SECONDS, Store
 
 DEFAULT_TYPES = quality.DEFAULT_TYPES
 DEFAULT_WINDOWS = 16
@@ -27,7 +28,6 @@ PREFILL, DECODE = 512, 32
 
 _REFERENCE = CacheTypes("f16", "f16")
 _SHARED_WINDOWS = 4  # in one piece of work for a cluster: few enough to spread, and for a crash to lose little
-_DAY = 24 * 3600
 
 
 @dataclass
@@ -81,20 +81,20 @@ def sweep(
     with Store(results) as store:
         cells: list[Cell] = []
         for model in models:
-            facts = provenance.model(model)
+            facts = provenance.model(model, console)
             refused = quality.refused(model, pairs)
             report.failures += [Failure(f"{model.name}, {pair}", reason) for pair, reason in refused.items()]
             common = (model, facts, tuple(pair for pair in pairs if pair not in refused), threads)
             if experiment:
-                cells += _quality(QualityCell(*common, experiment, {}), windows, store, report, shared=bool(cluster))
-            others: list[Cell] = [TaskCell(*common, task, task_folder, limit) for task in tasks]
+                with Model(model) as opened:
+                    count = min(windows, len(experiment.windows(opened)))
+                cells.append(QualityCell(*common, experiment, dict.fromkeys(range(count), common[2])))
+            cells += [TaskCell(*common, task, task_folder, limit) for task in tasks]
             if "retrieval" in measure:
                 within = [length for length in lengths if length <= (facts["trained_length"] or length)]
-                others += [RetrievalCell(*common, length, NEEDLE_DEPTHS, trials) for length in within]
+                cells += [RetrievalCell(*common, length, NEEDLE_DEPTHS, trials) for length in within]
             if "speed" in measure:
-                others.append(SpeedCell(*common, tuple(depths), PREFILL, DECODE, repetitions))
-            cells += _missing(others, store, report, anywhere=bool(cluster))
-        report.asked = sum(cell.rows for cell in cells)
+                cells.append(SpeedCell(*common, tuple(depths), PREFILL, DECODE, repetitions))
         try:
             _measure(cells, cluster, store, report, console)
         except KeyboardInterrupt:
@@ -102,51 +102,70 @@ def sweep(
     return report
 
 
-def _quality(cell: QualityCell, windows: int, store: Store, report: Report, *, shared: bool) -> list[QualityCell]:
-    """The cell with the windows and types that the store lacks; in several, if the work is to be shared."""
-    known = store.find(cell.kind, cell.facts, cell.settings)
-    with Model(cell.model) as model:
-        count = min(windows, len(cell.experiment.windows(model)))
-    todo = quality.plan(known, count, cell.types)
-    report.known += count * len(cell.types) - sum(map(len, todo.values()))
-    if not todo:
-        return []
-    whole = replace(cell, windows=todo)
-    return whole.split(_SHARED_WINDOWS) if shared else [whole]
-
-
-def _missing(cells: Sequence[Cell], store: Store, report: Report, *, anywhere: bool) -> Iterator[Cell]:
-    """The cells with the types that the store lacks. anywhere: speed counts from any machine, else from this one."""
-    for cell in cells:
-        machine = provenance.machine() if isinstance(cell, SpeedCell) and not anywhere else None
-        known = store.find(cell.kind, cell.facts, cell.settings, machine=machine)
-        missing = tuple(pair for pair in cell.types if (pair, 0) not in known)
-        report.known += len(cell.types) - len(missing)
-        if missing:
-            yield replace(cell, types=missing)
-
-
 def _measure(cells: Sequence[Cell], cluster: str | None, store: Store, report: Report, console: Console) -> None:
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, speed_estimate_period=_DAY) as bar:
-        totals = {cell.kind: sum(other.rows for other in cells if other.kind == cell.kind) for cell in cells}
+    with progress.bar(console) as bar:
+        plan = [lacks for cell in cells if (lacks := _lacks(cell, store, cluster)).rows]
+        report.asked = sum(cell.rows for cell in plan)
+        report.known = sum(cell.rows for cell in cells) - report.asked
+        totals = Counter()
+        for cell in plan:
+            totals[cell.kind] += cell.rows
         tasks = {kind: bar.add_task(kind, total=total) for kind, total in totals.items()}
-        for cell, found, machine in _run(cells, cluster):
-            if isinstance(found, Failure):
-                report.failures.append(found)
+
+        def wait(cell: Cell, other: str) -> None:
+            bar.update(tasks[cell.kind], description=f"{cell.kind}: waiting for {other}, which measures it")
+
+        for batch in _claimed(plan, store, cluster, wait):
+            todo: list[Cell] = []
+            for cell in batch:
+                lacks = _lacks(cell, store, cluster)
+                others = cell.rows - lacks.rows  # measured by another process meanwhile
+                report.asked -= others
+                report.known += others
+                bar.update(tasks[cell.kind], description=cell.kind, advance=others)
+                if lacks.rows:
+                    todo += lacks.split(_SHARED_WINDOWS) if cluster else [lacks]
+            for cell, found, machine in workers.on_cluster(cluster, todo) if cluster else workers.here(todo):
+                if isinstance(found, Failure):
+                    report.failures.append(found)
+                    continue
+                row = (cell.kind, cell.facts, found.types, cell.settings, found.value)
+                store.add(*row, part=found.part, machine=machine)
+                report.added += 1
+                bar.advance(tasks[cell.kind])
+
+
+def _lacks(cell: Cell, store: Store, cluster: str | None) -> Cell:
+    """The cell without what the store has. Speed counts from any machine of a cluster, else from this one."""
+    machine = provenance.machine() if isinstance(cell, SpeedCell) and not cluster else None
+    return cell.without(store.find(cell.kind, cell.facts, cell.settings, machine=machine))
+
+
+def _claimed(
+    cells: Sequence[Cell], store: Store, cluster: str | None, on_wait: Callable[[Cell, str], object]
+) -> Iterator[list[Cell]]:
+    """All of `cells`, in groups to be measured at once, each claimed until the next is asked for.
+
+    A cluster gets all at once that can be claimed, else there is one at a time. Speed comes last, and alone: what else
+    a machine does would count. on_wait: called again and again while other processes have what is left.
+    """
+    left = list(cells)
+    while left:
+        together = [cell for cell in left if not isinstance(cell, SpeedCell)]
+        batch: list[Cell] = []
+        for cell in together or left:
+            if other := store.claim(cell.kind, cell.facts, cell.settings):
+                on_wait(cell, other)
                 continue
-            store.add(cell.kind, cell.facts, found.types, cell.settings, found.value, part=found.part, machine=machine)
-            report.added += 1
-            bar.advance(tasks[cell.kind])
-
-
-def _run(cells: Sequence[Cell], cluster: str | None) -> Iterator[workers.Found]:
-    # Speed comes last, and alone: what else a machine does would count.
-    alone = [cell for cell in cells if isinstance(cell, SpeedCell)]
-    together = [cell for cell in cells if not isinstance(cell, SpeedCell)]
-    if not cluster:
-        yield from workers.here([*together, *alone])
-        return
-    for batch in (together, *([cell] for cell in alone)):
-        if batch:
-            yield from workers.on_cluster(cluster, batch)
+            batch.append(cell)
+            if not (cluster and together):
+                break
+        try:
+            if batch:
+                yield batch
+            else:
+                time.sleep(POLL_SECONDS)
+        finally:
+            for cell in batch:
+                store.release(cell.kind, cell.facts, cell.settings)
+        left = [cell for cell in left if not any(cell is done for done in batch)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 
 from .errors import TurboquantError
@@ -33,20 +34,34 @@ class Text:
 def load(source: str) -> Text:
     """The text of a UTF-8 file, or the raw test split of WikiText-2 for the name "wikitext-2".
 
-    A file of that name goes first. Raises TurboquantError if there is no such text.
+    A file of that name goes first. Raises TurboquantError as `read` does.
     """
-    path = Path(source)
-    if path.is_file():
-        try:
-            content = path.read_bytes().decode("utf-8")  # with its own ends of lines, as llama.cpp reads it
-        except UnicodeDecodeError as error:
-            raise TurboquantError(
-                f"{path} is not UTF-8 text (byte {error.start}). Convert it, or give another."
-            ) from error
-        return Text(path.name, content)
-    if source == WIKITEXT:
+    if source == WIKITEXT and not Path(source).exists():
         return Text(WIKITEXT, _wikitext())
-    raise TurboquantError(f"There is no text file {source}. Give the path of one, or the name {WIKITEXT}.")
+    return Text(Path(source).name, read(Path(source)))
+
+
+def read(path: Path) -> str:
+    """The content of a UTF-8 file, with its own ends of lines, as llama.cpp reads it.
+
+    Raises TurboquantError if there is no such file, if it cannot be read, is empty or no UTF-8.
+    """
+    if not path.is_file():
+        raise TurboquantError(f"There is no text file {path}. Give the path of one.")
+    try:
+        content = path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise TurboquantError(f"{path} is not UTF-8 text (byte {error.start}). Convert it, or give another.") from error
+    except OSError as error:
+        raise TurboquantError(f"The text file {path} cannot be read: {error.strerror}.") from error
+    if not content.strip():
+        raise TurboquantError(f"The text file {path} is empty. Give another.")
+    return content
+
+
+def bundled(name: str) -> str:
+    """A text of this package, such as "demo.txt"."""
+    return files(__package__).joinpath("data", name).read_text("utf-8")
 
 
 def _wikitext() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 
 from .errors import TurboquantError
@@ -31,6 +32,10 @@ _ADVICE = (
         r"not within the file bounds|corrupted|invalid magic|failed to read|gguf_init|unexpectedly reached end",
         "The model file is damaged or incomplete. Download it again.",
     ),
+    (
+        r"GGML_ASSERT|terminate called|unordered_map::at",
+        "The model file is probably damaged: download or convert it again.",
+    ),
     (r"unknown model architecture", "The llama.cpp in this package is older than the model's architecture."),
 )
 _TAIL_LINES = 8
@@ -38,6 +43,8 @@ _TAIL_LINES = 8
 
 def check_model_file(path: Path) -> None:
     """Raise TurboquantError unless `path` is a file that begins like a GGUF."""
+    if path.is_dir():
+        raise TurboquantError(f"There is no model file {path}: it is a folder. Give the path of a GGUF file.")
     if not path.is_file():
         raise TurboquantError(f"There is no model file {path}. Give the path of a GGUF file.")
     try:
@@ -56,6 +63,16 @@ def tool_error(tool: str, returncode: int | None, log: str) -> TurboquantError:
     """The error of a tool that ended with `returncode` (None: it runs but does not answer) and wrote `log`."""
     return TurboquantError(
         f"{tool} {_ending(returncode)}. {advice(log) or 'The end of its log follows.'}", _end_of(log)
+    )
+
+
+def crash(files: Sequence[str], number: signal.Signals, log: str) -> TurboquantError:
+    """The error of a command that was ended by signal `number` while it used these model files. log: what C printed."""
+    if number == signal.SIGKILL:
+        return TurboquantError("The command was ended by SIGKILL, maybe for want of memory.", _end_of(log))
+    what = advice(log) or advice("GGML_ASSERT")
+    return TurboquantError(
+        f"llama.cpp gave up on {' or '.join(files) or 'the model'} ({number.name}). {what}", _end_of(log)
     )
 
 

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
+from . import checkpoint, progress, texts
 from .cachetypes import CacheTypes
 from .errors import TurboquantError
+from .ggufile import GGUFModel
 from .logits import EXACT, Model
 
 DEFAULT_TOKENS = 256
 DEFAULT_MAX_KL = 0.01
 """Above this mean KL divergence (nats a token), no common storage type explains the difference."""
+
+_SPELLED_DIFFERENTLY = 0.01
+"""The share of tokens that a GGUF may spell in another way than a checkpoint: special ones, and those not used."""
 
 
 @dataclass(frozen=True)
@@ -43,26 +48,61 @@ def verify(
     text: Path | None = None,
     tokens: int = DEFAULT_TOKENS,
     types: str = str(EXACT),
+    threads: int | None = None,
     console: Console,
 ) -> Comparison:
     """Compare two models, each a GGUF or the folder of a Hugging Face checkpoint; at least one must be a GGUF.
 
     text: a UTF-8 file to read; None takes a bundled one. tokens: how many of it. types: cache types of the GGUFs, f32
-    to round nothing. A GGUF is run by libllama, a folder by transformers in float32. Raises TurboquantError.
+    to round nothing. threads: of the CPU. A GGUF is run by libllama, a folder by transformers in float32. Raises TurboquantError.
     """
     gguf = next((path for path in (a, b) if not path.is_dir()), None)
     if gguf is None:
         raise TurboquantError(f"Both {a} and {b} are folders. One of the two must be a GGUF.")
-    content = text.read_text("utf-8") if text else files(__package__).joinpath("data/demo.txt").read_text("utf-8")
+    _require_same_vocabulary(a, b)
+    content = texts.read(text) if text else texts.bundled("demo.txt")
     cache = CacheTypes.parse(types)
-    with console.status("") as status:
-        with Model(gguf) as model:
-            prompt = model.tokenize(content)[:tokens]
-        found = []
-        for path in (a, b):
-            status.update(f"Running {path.name}")
-            found.append(run_checkpoint(path, prompt) if path.is_dir() else run_gguf(path, prompt, cache))
+    with Model(gguf) as model:
+        prompt = model.tokenize(content)[:tokens]
+    found = []
+    for path in (a, b):
+        with progress.status(console, f"running {path.name}"):
+            found.append(run_checkpoint(path, prompt) if path.is_dir() else run_gguf(path, prompt, cache, threads))
     return compare(*found)
+
+
+def _require_same_vocabulary(a: Path, b: Path) -> None:
+    """Raise TurboquantError if tokens mean one thing to a and another to b; what only one of them has is padding."""
+    theirs, ours = _vocabulary(a), _vocabulary(b)
+    if not theirs or not ours:
+        return
+    shared = theirs.keys() & ours.keys()
+    differ = sum(theirs[number] != ours[number] for number in shared)
+    if differ > len(shared) * _SPELLED_DIFFERENTLY:
+        raise TurboquantError(
+            f"{a.name} and {b.name} have different vocabularies: {differ} of {len(shared)} tokens stand for something "
+            "else. So their logits cannot be compared."
+        )
+
+
+def _vocabulary(model: Path) -> dict[int, str]:
+    """The tokens of a GGUF, or of a checkpoint's tokenizer.json; none if it does not say."""
+    if not model.is_dir():
+        with GGUFModel(model) as file:
+            return dict(enumerate(file.metadata.get("tokenizer.ggml.tokens", ())))
+    if not (model / checkpoint.CONFIG).is_file():
+        raise TurboquantError(
+            f"{model} is a folder without {checkpoint.CONFIG}: neither a GGUF nor a checkpoint. Give the path of one."
+        )
+    try:
+        content = json.loads((model / "tokenizer.json").read_text("utf-8"))
+        tokens = content["model"]["vocab"]
+        if isinstance(tokens, list):  # of a unigram model: token and score
+            return {number: token for number, (token, _) in enumerate(tokens)}
+        added = {token["content"]: token["id"] for token in content.get("added_tokens", ())}
+        return {number: token for token, number in (tokens | added).items()}
+    except (OSError, ValueError, LookupError, TypeError):
+        return {}
 
 
 def compare(a: NDArray[np.float32], b: NDArray[np.float32]) -> Comparison:
@@ -92,9 +132,11 @@ def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
     return shifted - np.log(np.exp(shifted).sum())
 
 
-def run_gguf(path: Path, prompt: Sequence[int], types: CacheTypes) -> NDArray[np.float32]:
+def run_gguf(
+    path: Path, prompt: Sequence[int], types: CacheTypes, threads: int | None = None
+) -> NDArray[np.float32]:
     """Logits of a GGUF by libllama, with a KV cache of `types`: float32 (tokens, vocabulary)."""
-    with Model(path) as model, model.open(len(prompt), types) as context:
+    with Model(path) as model, model.open(len(prompt), types, threads=threads) as context:
         return context.logits(prompt)
 
 

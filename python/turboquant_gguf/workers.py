@@ -6,8 +6,10 @@ Either way a crash of llama.cpp ends the process of a cell, and neither the swee
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
@@ -47,9 +49,16 @@ def _send(cell: Cell, pipe: Connection) -> None:
     """The work of a process: sends what is found, and None at the end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the sweep, which then ends us
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # stops llama-server on the way out
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     for found in _measured(cell):
         pipe.send(found)
     pipe.send(None)
+
+
+def _end_with_parent() -> None:
+    """Ends us at once when the sweep is gone, however it ended; llama-server then ends with us."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _measured(cell: Cell) -> Iterator[Row | Failure]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import click
@@ -9,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from .. import bench as library
-from .. import benchplot
+from .. import benchplot, messages
 from . import options
 
 EPILOG = """\b
@@ -18,7 +19,7 @@ Examples:
   turboquant-gguf bench my.gguf --types turbo4,turbo4:turbo3 --depths 0,8192
   turboquant-gguf bench my.gguf --prefill 0 --repetitions 7 --plot speed.png
   turboquant-gguf bench my.gguf --baseline ~/llama.cpp/build/bin
-  turboquant-gguf bench my.gguf --json - > speed.json
+  turboquant-gguf bench my.gguf --json > speed.json
 """
 NOTE = (
     "Times f16: the median over the rounds of the ratio to f16 in the same round. Cache GB/s: keys and values read "
@@ -51,7 +52,7 @@ NOTE = (
     show_default=True,
     help="Tokens to generate one by one; 0 leaves it out.",
 )
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads [default: llama-bench's choice]")
+@options.threads
 @click.option(
     "--repetitions",
     type=click.IntRange(min=1),
@@ -65,8 +66,9 @@ NOTE = (
     metavar="FOLDER",
     help="Take f16 from the llama-bench in FOLDER, such as a stock llama.cpp's.",
 )
-@options.json_file("all of it, every sample and the machine")
 @options.plot_file("speed against depth")
+@options.force
+@options.json("all of it, every sample and the machine,")
 @click.pass_context
 def bench(
     context: click.Context,
@@ -78,8 +80,9 @@ def bench(
     threads: int | None,
     repetitions: int,
     baseline: Path | None,
-    json_file: Path | None,
     plot_file: Path | None,
+    force: bool,
+    as_json: bool,
 ) -> None:
     """Measure how fast MODEL runs with several KV-cache types, as multiples of f16.
 
@@ -92,8 +95,7 @@ def bench(
         raise click.UsageError("--prefill and --decode are both 0, so there is nothing to measure.")
     if plot_file:
         benchplot.check()
-    to_stdout = json_file == Path("-")
-    console = Console(stderr=to_stdout)
+    console = Console(stderr=as_json)
     report = library.bench(
         model=model,
         types=types.split(","),
@@ -106,8 +108,8 @@ def bench(
         console=console,
     )
     _show(report, console)
-    if json_file:
-        options.write_json(json_file, library.as_json(report))
+    if as_json:
+        click.echo(json.dumps(library.as_json(report), indent=2))
     if plot_file and report.results:
         benchplot.write(report, plot_file)
     if report.interrupted:
@@ -120,8 +122,5 @@ def _show(report: library.Report, console: Console) -> None:
         console.print(f"[bold]{escape(library.heading(report))}[/]", highlight=False)
         console.print(library.table(report))
         console.print(f"[dim]{NOTE}[/]", highlight=False)
-    errors = Console(stderr=True, highlight=False)
     for failure in report.failures:
-        errors.print(f"[bold red]Error:[/] {failure.name} at depth {failure.depth}: {escape(failure.message)}")
-        if failure.details:
-            errors.print(f"[dim]{escape(failure.details)}[/]")
+        messages.error(failure.message, failure.details, of=f"{failure.name} at depth {failure.depth}")

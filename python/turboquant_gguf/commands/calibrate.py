@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from .. import calibration as library
+from .. import messages
+from . import options
 
 EPILOG = """\b
 Examples:
@@ -45,8 +47,9 @@ Examples:
     help="How much of it to read.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Which parts of a longer text.")
-@click.option("--force", is_flag=True, help="Replace the output if it exists.")
-@click.option("--json", "as_json", is_flag=True, help="Print what was done as JSON; all else goes to stderr.")
+@options.threads
+@options.force
+@options.json("what was done")
 def calibrate(
     model: Path,
     output: Path | None,
@@ -54,6 +57,7 @@ def calibrate(
     text: Path | None,
     tokens: int,
     seed: int,
+    threads: int | None,
     force: bool,
     as_json: bool,
 ) -> None:
@@ -67,15 +71,23 @@ def calibrate(
         raise click.UsageError("Give either -o or --in-place.")
     console = Console(stderr=as_json)
     done = library.calibrate(
-        model, output, in_place=in_place, text=text, tokens=tokens, seed=seed, force=force, console=console
+        model,
+        output,
+        in_place=in_place,
+        text=text,
+        tokens=tokens,
+        seed=seed,
+        threads=threads,
+        force=force,
+        console=console,
     )
     if as_json:
         click.echo(json.dumps(asdict(done), indent=2, default=str))
         return
     if done.reason:
         console.print(f"Scaled, not centred: {done.reason}.", highlight=False)
-    console.print(
+    messages.say(
         f"{escape(str(done.path))}: keys of {done.layers} layers, from {done.tokens} tokens; expected squared error of "
         f"the scores {1 / done.error:.1f} times smaller",
-        highlight=False,
+        console,
     )

@@ -9,6 +9,7 @@ import click
 from rich.console import Console
 
 from .. import demo as library
+from . import options
 
 EPILOG = """\b
 Examples:
@@ -36,9 +37,20 @@ Examples:
 @click.option(
     "--max-tokens", type=click.IntRange(min=1), default=96, show_default=True, help="Longest answer, in tokens."
 )
+@options.window
+@options.threads
 @click.option("--port", type=click.IntRange(0, 65535), default=0, help="Port of llama-server [default: a free one]")
-@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON; all else goes to stderr.")
-def demo(model: Path | None, types: str, prompt: str, context: int, max_tokens: int, port: int, as_json: bool) -> None:
+@options.json("the results")
+def demo(
+    model: Path | None,
+    types: str,
+    prompt: str,
+    context: int,
+    max_tokens: int,
+    threads: int | None,
+    port: int,
+    as_json: bool,
+) -> None:
     """Ask a model one question with several KV-cache types, and compare them.
 
     For each type, llama-server runs on loopback with its KV cache stored in that type and answers the question;
@@ -51,6 +63,7 @@ def demo(model: Path | None, types: str, prompt: str, context: int, max_tokens: 
         prompt=prompt,
         context=context,
         max_tokens=max_tokens,
+        threads=threads,
         port=port,
         console=Console(stderr=as_json),
     )

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from .. import evaluation as library
+from .. import messages
 from . import options
 
 EPILOG = """\b
@@ -77,11 +78,16 @@ NOTE = (
     "--samples",
     type=click.Path(path_type=Path, dir_okay=False, writable=True),
     metavar="FILE",
+    callback=options.new_file,
     help="Write every prompt, answer and score to FILE, as JSON Lines.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the scores and how they came about as JSON.")
+@options.threads
+@options.force
+@options.json("the scores and how they came about")
 @click.pass_context
-def evaluate(click_context: click.Context, tasks: str, types: str, as_json: bool, **settings: object) -> None:
+def evaluate(
+    click_context: click.Context, tasks: str, types: str, force: bool, as_json: bool, **settings: object
+) -> None:
     """Let MODEL, a GGUF file, do tasks of EleutherAI's lm-evaluation-harness with several KV-cache types.
 
     Answers are greedy (temperature 0), and each type is compared with f16 on the same documents. Only tasks in which
@@ -94,11 +100,8 @@ def evaluate(click_context: click.Context, tasks: str, types: str, as_json: bool
         click.echo(json.dumps(library.as_json(report), indent=2))
     else:
         _show(report, console)
-    errors = Console(stderr=True, highlight=False)
     for failure in report.failures:
-        errors.print(f"[bold red]Error:[/] {failure.type}: {escape(failure.message)}")
-        if failure.details:
-            errors.print(f"[dim]{escape(failure.details)}[/]")
+        messages.error(failure.message, failure.details, of=failure.type)
     if report.interrupted:
         raise click.Abort
     click_context.exit(1 if report.failures else 0)

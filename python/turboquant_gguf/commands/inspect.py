@@ -38,7 +38,7 @@ Examples:
     help="Cache types, separated by commas; each is tried for keys and for values.",
 )
 @options.window
-@click.option("--json", "as_json", is_flag=True, help="Print all of it, every pair of types, as JSON.")
+@options.json("all of it, every pair of types,")
 def inspect(file: Path, memory: int | None, types: str, as_json: bool) -> None:
     """Show what the GGUF FILE holds, what its KV cache takes with every pair of types, and what fits in memory.
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import click
 from rich.console import Console
 from rich.markup import escape
 
-from .. import benchplot, niahplot
+from .. import benchplot, messages, niahplot
 from .. import niah as library
 from . import options
 
@@ -18,7 +19,7 @@ Examples:
   turboquant-gguf niah my.gguf --types turbo4,turbo4:turbo3 --trials 4
   turboquant-gguf niah my.gguf --lengths 4096,16384 --depths 10,50,90
   turboquant-gguf niah my.gguf --text book.txt --plot found.png
-  turboquant-gguf niah my.gguf --json - > found.json
+  turboquant-gguf niah my.gguf --json > found.json
 """
 NOTE = (
     "Lost, gained: needles that only f16 found, and only this type. Within noise: chance alone makes them differ as "
@@ -75,9 +76,10 @@ def _percentage(word: str) -> float:
     help="The haystack [default: generated sentences]",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the needles and the generated sentences.")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads [default: llama-server's choice]")
-@options.json_file("all of it, every answer and the machine")
+@options.threads
 @options.plot_file("a heat map for each type")
+@options.force
+@options.json("all of it, every answer and the machine,")
 @click.pass_context
 def niah(
     context: click.Context,
@@ -89,8 +91,9 @@ def niah(
     text: Path | None,
     seed: int,
     threads: int | None,
-    json_file: Path | None,
     plot_file: Path | None,
+    force: bool,
+    as_json: bool,
 ) -> None:
     """Hide a number in long prompts, and see with which KV-cache types MODEL finds it.
 
@@ -100,8 +103,7 @@ def niah(
     """
     if plot_file:
         benchplot.check()
-    to_stdout = json_file == Path("-")
-    console = Console(stderr=to_stdout)
+    console = Console(stderr=as_json)
     report = library.niah(
         model=model,
         types=types.split(","),
@@ -114,8 +116,8 @@ def niah(
         console=console,
     )
     _show(report, console)
-    if json_file:
-        options.write_json(json_file, library.as_json(report))
+    if as_json:
+        click.echo(json.dumps(library.as_json(report), indent=2))
     if plot_file and report.scores:
         niahplot.write(report, plot_file)
     if report.interrupted:
@@ -124,7 +126,6 @@ def niah(
 
 
 def _show(report: library.Report, console: Console) -> None:
-    errors = Console(stderr=True, highlight=False)
     if report.scores:
         console.print(f"[bold]{escape(library.heading(report))}[/]", highlight=False)
         console.print(library.maps(report), highlight=False)
@@ -132,8 +133,6 @@ def _show(report: library.Report, console: Console) -> None:
         console.print(library.table(report), highlight=False)
         console.print(f"[dim]{NOTE}[/]", highlight=False)
         if not report.scores[0].found:
-            errors.print(f"[bold yellow]Note:[/] {NOTHING_FOUND}")
+            messages.say(f"[bold yellow]Note:[/] {NOTHING_FOUND}")
     for failure in report.failures:
-        errors.print(f"[bold red]Error:[/] {failure.types}: {escape(failure.message)}")
-        if failure.details:
-            errors.print(f"[dim]{escape(failure.details)}[/]")
+        messages.error(failure.message, failure.details, of=failure.types)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ import click
 from .. import benchplot
 from ..inspection import parse_size
 
-_FILE = click.Path(path_type=Path, dir_okay=False, writable=True, allow_dash=True)
+_FILE = click.Path(path_type=Path, dir_okay=False, writable=True)
 
 
 def types(default: Sequence[str], more: str) -> Callable:
@@ -85,22 +84,27 @@ def output(_context: click.Context, _parameter: click.Parameter, path: Path | No
     return path
 
 
-def json_file(what: str) -> Callable:
-    """The option --json FILE. what: all that is written."""
-    return click.option(
-        "--json",
-        "json_file",
-        type=_FILE,
-        metavar="FILE",
-        callback=output,
-        help=f"Write {what}, as JSON; - is stdout.",
-    )
+def new_file(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
+    """A callback: the same for a file that must not exist, but for --force."""
+    if path and path.exists() and not context.params.get("force"):
+        raise click.BadParameter(f"{path} exists already. Give another name, or replace it with --force.")
+    return output(context, parameter, path)
 
 
-def write_json(path: Path, value: object) -> None:
-    """Write what --json is for."""
-    with click.open_file(str(path), "w", encoding="utf-8") as file:
-        file.write(json.dumps(value, indent=2) + "\n")
+def force(command: Callable) -> Callable:
+    """The option --force, which `new_file` asks for."""
+    return click.option("--force", is_flag=True, is_eager=True, help="Replace the output if it exists.")(command)
+
+
+def json(what: str) -> Callable:
+    """The option --json. what: what is printed."""
+    return click.option("--json", "as_json", is_flag=True, help=f"Print {what} as JSON; all else goes to stderr.")
+
+
+def threads(command: Callable) -> Callable:
+    """The option --threads."""
+    kind = click.IntRange(min=1)
+    return click.option("--threads", type=kind, help="CPU threads [default: llama.cpp's choice]")(command)
 
 
 def plot_file(what: str) -> Callable:
@@ -118,4 +122,4 @@ def plot_file(what: str) -> Callable:
 def _plot(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
     if path and path.suffix.lower() not in benchplot.FORMATS:
         raise click.BadParameter(f"{path.name!r} does not end in {', '.join(benchplot.FORMATS)}.")
-    return output(context, parameter, path)
+    return new_file(context, parameter, path)

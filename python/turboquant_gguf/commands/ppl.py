@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .. import quality, texts
+from .. import messages, quality, texts
 from ..cachetypes import CacheTypes
 from . import options
 
@@ -40,7 +40,13 @@ NOTE = (
 )
 @options.types(quality.DEFAULT_TYPES, "Each is compared with --base.")
 @options.window
-@click.option("--base", default="f16", show_default=True, help="What they are compared with: f16, or f32.")
+@click.option(
+    "--base",
+    type=click.Choice(quality.BASES),
+    default=quality.BASES[0],
+    show_default=True,
+    help="The cache that they are compared with.",
+)
 @click.option(
     "--context",
     type=click.IntRange(min=8),
@@ -50,19 +56,18 @@ NOTE = (
 )
 @click.option("--windows", type=click.IntRange(min=1), help="How many windows, from the first [default: all]")
 @click.option("--decode", is_flag=True, help="Read the second half of each window token by token, as answers are.")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads [default: one a core]")
+@options.threads
 @click.option(
     "--gpu-layers", type=click.IntRange(min=0), default=0, show_default=True, help="Layers of the model on a GPU."
 )
 @click.option(
+    "-o",
     "--results",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
     help="Where measurements are kept, and taken from if they were made before [default: in the user's cache folder]",
 )
-@click.option(
-    "--json", "as_json", is_flag=True, help="Print one JSON object a line for each type; all else goes to stderr."
-)
+@options.json("one object a line for each type")
 @click.pass_context
 def ppl(
     context_: click.Context,
@@ -107,11 +112,10 @@ def ppl(
         for sentence in quality.noise(report.results, report.settings["base"]):
             console.print(sentence, highlight=False)
         console.print(f"[dim]{NOTE.format(base=report.settings['base'])}[/]", highlight=False)
-    errors = Console(stderr=True, highlight=False)
     for refusal in report.refusals:
-        errors.print(f"[bold red]Error:[/] {refusal.types}: {escape(refusal.message)}")
+        messages.error(refusal.message, of=refusal.types)
     if report.interrupted:
-        errors.print(
+        messages.say(
             f"{report.windows} of {report.windows_asked} windows measured; the same command goes on from there."
         )
         raise click.Abort

@@ -15,6 +15,9 @@ from .. import recommend as library
 from ..inspection import size_text
 from . import options
 
+_WIDE = 80
+"""Columns of a terminal that shows what a size consists of."""
+
 EPILOG = """\b
 Examples:
   turboquant-gguf recommend my.gguf --memory 8GiB --context 32768
@@ -41,7 +44,8 @@ Examples:
     metavar="FILE",
     help="Measurements of ppl --results or sweep, besides those in the user's cache folder. May be repeated.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print all of it as JSON.")
+@options.window
+@options.json("all of it")
 @click.pass_context
 def recommend(
     context_: click.Context,
@@ -59,7 +63,12 @@ def recommend(
     reference model. Prints the llama-server command to run.
     """
     found = library.recommend(
-        model, memory=memory, context=context, types=types.split(",") if types else (), results=results
+        model,
+        memory=memory,
+        context=context,
+        types=types.split(",") if types else (),
+        results=results,
+        console=Console(stderr=as_json),
     )
     if as_json:
         click.echo(json.dumps(asdict(found), indent=2))
@@ -70,20 +79,36 @@ def recommend(
 
 def _show(found: library.Recommendation) -> None:
     console = Console(highlight=False)
+    base = found.measured.base if found.measured else "f16"
+    columns = {
+        "\nbits": lambda one: f"{one.bits:.4g}",
+        "\nweights": lambda one: size_text(one.size.weights),
+        "\ncache": lambda one: size_text(one.size.cache),
+        "\nbuffers": lambda one: size_text(one.size.compute),
+        "\ntotal": lambda one: size_text(one.size.total),
+        "\nfits": lambda one: "yes" if one.fits else "no",
+        "longest\ncontext": lambda one: str(one.longest_context),
+        f"KL from\n{base}": lambda one: f"{'~' if one.measured is None else ''}{one.loss:.4f}",
+    }
+    for title in ("\nbits", "\nweights", "\nbuffers") if console.width < _WIDE else ("\ntotal",):
+        del columns[title]
     grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     grid.add_column("cache\ntype", no_wrap=True)
-    for title in ("\nbits", "weights", "\ncache", "\nbuffers", "\nfits", "longest\ncontext", "KL from\nf16"):
+    for title in columns:
         grid.add_column(title, justify="right", no_wrap=True)
     for one in found.candidates:
-        loss = f"{'~' if one.measured is None else ''}{one.loss:.4f}"
-        sizes = (size_text(size) for size in (one.size.weights, one.size.cache, one.size.compute))
-        best = one is found.best
-        cells = [one.types, f"{one.bits:.4g}", *sizes, "yes" if one.fits else "no", str(one.longest_context), loss]
-        grid.add_row(*cells, style="bold" if best else None if one.fits else "dim")
+        style = "bold" if one is found.best else None if one.fits else "dim"
+        grid.add_row(one.types, *(cell(one) for cell in columns.values()), style=style)
     console.print(f"[bold]{escape(found.model)}, {found.context} tokens in {size_text(found.memory)}[/]")
     console.print(grid)
     if any(one.measured is None for one in found.candidates):
         console.print("[dim]~ predicted from what a small reference model loses.[/]")
+    if found.measured:
+        console.print(f"[dim]Measured on {escape(str(found.measured))}.[/]")
+    if found.left_out:
+        console.print(
+            f"[dim]Measurements of this model that do not compare were left out: {escape('; '.join(found.left_out))}.[/]"
+        )
     if found.trained_length and found.context > found.trained_length:
         console.print(f"[bold yellow]Note:[/] this model was trained for {found.trained_length} tokens.")
     if not found.best:

@@ -9,8 +9,9 @@ import click
 from rich.console import Console
 from rich.markup import escape
 
-from .. import quality, reportcontents, reporttables
+from .. import messages, quality, reportcontents, reporttables
 from .. import report as library
+from . import options
 
 EPILOG = """\b
 Forms, by the suffix of -o:
@@ -35,11 +36,13 @@ Examples:
 @click.argument("results", type=click.Path(path_type=Path), required=False)
 @click.option(
     "-o",
+    "--output",
     "outputs",
     type=click.Path(path_type=Path),
     multiple=True,
     metavar="FILE",
-    help="What to write, replacing what has that name; may be given several times [default: tables on the terminal]",
+    callback=lambda *of: tuple(options.new_file(*of[:2], path) for path in of[2]),
+    help="What to write; may be given several times [default: tables on the terminal]",
 )
 @click.option(
     "--model",
@@ -48,8 +51,11 @@ Examples:
     metavar="NAME",
     help="Only models whose names contain NAME; may be given several times.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print all of it as JSON.")
-def report(results: Path | None, outputs: tuple[Path, ...], models: tuple[str, ...], as_json: bool) -> None:
+@options.force
+@options.json("all of it")
+def report(
+    results: Path | None, outputs: tuple[Path, ...], models: tuple[str, ...], force: bool, as_json: bool
+) -> None:
     """Show what is in RESULTS, a file of measurements: quality, speed, retrieval and tasks, model by model.
 
     RESULTS comes from ppl --results or sweep; without it, the file in the user's cache folder is taken. Where the same
@@ -58,7 +64,7 @@ def report(results: Path | None, outputs: tuple[Path, ...], models: tuple[str, .
     console = Console(stderr=as_json)
     sections = library.report(results or quality.default_results(), outputs=outputs, models=models, console=console)
     for output in outputs:
-        console.print(f"{escape(str(output))} written", highlight=False)
+        messages.say(f"{escape(str(output))} written", console)
     if as_json:
         click.echo(json.dumps(reportcontents.as_json(sections), indent=2))
     elif not outputs:

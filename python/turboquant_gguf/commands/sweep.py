@@ -10,7 +10,7 @@ import click
 from rich.console import Console
 from rich.markup import escape
 
-from .. import quality, texts
+from .. import messages, quality, texts
 from .. import sweep as library
 from . import options
 
@@ -104,13 +104,13 @@ def _kinds(_context: click.Context, _parameter: click.Parameter, text: str) -> t
     help="Where tasks of your own are.",
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Documents of each task [default: all]")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads [default: one a core]")
+@options.threads
 @click.option(
     "--cluster",
     metavar="ADDRESS",
     help="Share the work among the workers of a Dask scheduler, such as tcp://10.0.0.1:8786.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print what was done as JSON; all else goes to stderr.")
+@options.json("what was done")
 @click.pass_context
 def sweep(
     context_: click.Context,
@@ -161,17 +161,12 @@ def sweep(
     )
     if as_json:
         click.echo(json.dumps(asdict(report), indent=2, default=str))
-    errors = Console(stderr=True, highlight=False)
     for failure in report.failures:
-        errors.print(f"[bold red]Error:[/] {escape(failure.what)}: {escape(failure.message)}")
-        if failure.details:
-            errors.print(f"[dim]{escape(failure.details)}[/]")
+        messages.error(failure.message, failure.details, of=failure.what)
     before = f", and {report.known} were there" if report.known else ""
-    console.print(
-        f"{escape(str(results))}: {report.added} of {report.asked} measurements added{before}.", highlight=False
-    )
+    messages.say(f"{escape(str(results))}: {report.added} of {report.asked} measurements added{before}.", console)
     if report.interrupted:
-        errors.print("The same command goes on from there.")
+        messages.say("The same command goes on from there.")
         raise click.Abort
-    console.print(f"turboquant-gguf report {escape(str(results))} -o report.html makes a page of it.", highlight=False)
+    messages.say(f"turboquant-gguf report {escape(str(results))} -o report.html makes a page of it.", console)
     context_.exit(1 if report.failures else 0)

@@ -11,11 +11,13 @@ from rich.table import Table
 
 import turboquant_gguf
 
+from . import options
+
 F16_BITS = 16
 
 
 @click.command(short_help="List the turbo types, their size and their error.")
-@click.option("--json", "as_json", is_flag=True, help="Print the table as JSON.")
+@options.json("the table")
 def types(as_json: bool) -> None:
     """List the turbo types: their size, and their error on normally distributed values.
 
