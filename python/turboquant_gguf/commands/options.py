@@ -9,10 +9,12 @@ from pathlib import Path
 
 import click
 
-from .. import benchplot
+from .. import benchplot, outputfile
+from ..errors import TurboquantError
 from ..inspection import parse_size
 
 _FILE = click.Path(path_type=Path, dir_okay=False, writable=True, allow_dash=True)
+_STDOUT = Path("-")
 
 
 def types(default: Sequence[str], more: str) -> Callable:
@@ -79,9 +81,12 @@ def memory(_context: click.Context, _parameter: click.Parameter, text: str | Non
 
 
 def output(_context: click.Context, _parameter: click.Parameter, path: Path | None) -> Path | None:
-    """A callback: a file to write, of a folder that exists: found out now, not after an hour of measuring."""
-    if path and not path.absolute().parent.is_dir():
-        raise click.BadParameter(f"There is no folder {path.parent}.")
+    """A callback: a file that can be written, found out now, not after an hour of measuring; or - for stdout."""
+    if path and path != _STDOUT:
+        try:
+            outputfile.check_folder(path)
+        except TurboquantError as error:
+            raise click.BadParameter(str(error)) from error
     return path
 
 
@@ -99,8 +104,12 @@ def json_file(what: str) -> Callable:
 
 def write_json(path: Path, value: object) -> None:
     """Write what --json is for."""
-    with click.open_file(str(path), "w", encoding="utf-8") as file:
-        file.write(json.dumps(value, indent=2) + "\n")
+    text = json.dumps(value, indent=2)
+    if path == _STDOUT:
+        click.echo(text)
+        return
+    with outputfile.beside(path) as unfinished:
+        unfinished.write_text(f"{text}\n", "utf-8")
 
 
 def plot_file(what: str) -> Callable:
