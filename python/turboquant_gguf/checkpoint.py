@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 
 from .errors import TurboquantError
@@ -29,8 +30,15 @@ def find(folder: Path) -> list[Path]:
                 "Download the checkpoint again."
             )
         shards = sorted(folder / name for name in named)
-    if not shards and not list(folder.glob("pytorch_model*.bin")):
+    pickles = sorted(folder.glob("pytorch_model*.bin"))
+    if not shards and not pickles:
         raise TurboquantError(f"{folder} holds no weights (*.safetensors or pytorch_model*.bin). Download them too.")
+    for path in [] if shards else pickles:
+        if not zipfile.is_zipfile(path):
+            raise TurboquantError(
+                f"{path} is damaged, or in the format of PyTorch before 1.6. Download it again, or get the checkpoint "
+                "with safetensors."
+            )
     return shards
 
 

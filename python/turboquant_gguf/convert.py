@@ -10,6 +10,7 @@ import errno
 import json
 import logging
 import os
+import pickle
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from . import calibration, checkpoint, converter, outputfile, value_rotation
+from . import calibration, checkpoint, converter, outputfile, remotecode, value_rotation
 from . import verify as verification
 from .errors import TurboquantError
 from .modelmemory import ModelMemory, RefusedError
@@ -62,6 +63,7 @@ def convert(
     calibrate: bool = False,
     verify: bool = False,
     force: bool = False,
+    trust_remote_code: bool = False,
     console: Console,
 ) -> Conversion:
     """Write the checkpoint in `model_dir` as a GGUF.
@@ -70,7 +72,8 @@ def convert(
     tensors; "auto" keeps the checkpoint's 16-bit type. rotate: "values" (an error where that is not exact), "none", or
     None for "values" where it is exact. calibrate: calibrate the keys as well, with the text of the package. verify:
     compare the logits with those of transformers before the file gets its name. force: replace an existing file.
-    console: where progress and remarks go.
+    trust_remote_code: run Python files of the checkpoint where it cannot be read without. console: where progress and
+    remarks go.
 
     The file appears under its name only when it is whole. Raises TurboquantError with what to do about it.
     """
@@ -82,10 +85,11 @@ def convert(
         for shard in shards:
             checkpoint.check_whole(shard)
         tensors = _Tensors()
-        model = _open(model_dir, outtype, tensors)
+        with remotecode.allowed(trust_remote_code, console):
+            model = _open(model_dir, outtype, tensors)
+            model.prepare_tensors()
+            model.prepare_metadata(vocab_only=False)
         writer = model.gguf_writer
-        model.prepare_tensors()
-        model.prepare_metadata(vocab_only=False)
     outtype = next(name for name, file_type in OUTTYPES.items() if file_type == model.ftype.name)
     if output is None:
         output = Path(f"{model_dir.resolve().name}-{outtype}.gguf")
@@ -107,7 +111,7 @@ def convert(
         if calibrate:
             calibration.calibrate(unfinished, in_place=True, console=console)
         if verify:
-            _verify(model_dir, unfinished, console)
+            _verify(model_dir, unfinished, trust_remote_code, console)
         size = unfinished.stat().st_size
     return Conversion(output, writer.arch, outtype, count, size, not reason, reason, calibrate)
 
@@ -285,8 +289,8 @@ def _check_loads(path: Path) -> None:
         ) from error
 
 
-def _verify(model_dir: Path, path: Path, console: Console) -> None:
-    found = verification.verify(model_dir, path, console=console)
+def _verify(model_dir: Path, path: Path, trust_remote_code: bool, console: Console) -> None:
+    found = verification.verify(model_dir, path, trust_remote_code=trust_remote_code, console=console)
     console.print(
         f"{found.tokens} tokens: KL divergence from transformers {found.kl_mean:.1e}, relative error of the logits "
         f"{found.relative_error:.1e}",
@@ -322,7 +326,12 @@ def _converter_errors(console: Console) -> Iterator[None]:
                 f"The file could not be written whole: {error.strerror}. Free some space, or write elsewhere with -o."
             ) from error
         raise TurboquantError(f"The checkpoint cannot be read: {error}. Download it again.") from error
-    except Exception as error:
+    except pickle.UnpicklingError as error:  # what it says is how to run it nevertheless
+        raise TurboquantError(
+            "A pytorch_model*.bin holds more than weights, which would run as code if it was read. Get the checkpoint "
+            "with safetensors."
+        ) from error
+    except (Exception, SystemExit) as error:  # some classes of the converter call sys.exit
         raise TurboquantError(_advice(error), f"{type(error).__name__}: {error}") from error
     finally:
         for logger in loggers:
@@ -358,6 +367,6 @@ class _Warnings(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Shows the record, unless it was shown before or says nothing."""
         text = record.getMessage().strip(" \n*")
-        if text and text not in self._said and not text.startswith(_HARMLESS):
+        if text and text not in self._said and not text.startswith(_HARMLESS) and remotecode.FLAG not in text:
             self._said.add(text)
             self._console.print(f"[dim]converter: {escape(text)}[/]", highlight=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -11,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
+from . import remotecode
 from .cachetypes import CacheTypes
 from .errors import TurboquantError
 from .logits import EXACT, Model
@@ -43,12 +45,14 @@ def verify(
     text: Path | None = None,
     tokens: int = DEFAULT_TOKENS,
     types: str = str(EXACT),
+    trust_remote_code: bool = False,
     console: Console,
 ) -> Comparison:
     """Compare two models, each a GGUF or the folder of a Hugging Face checkpoint; at least one must be a GGUF.
 
     text: a UTF-8 file to read; None takes a bundled one. tokens: how many of it. types: cache types of the GGUFs, f32
-    to round nothing. A GGUF is run by libllama, a folder by transformers in float32. Raises TurboquantError.
+    to round nothing. trust_remote_code: run Python files of a folder where transformers needs them. A GGUF is run by
+    libllama, a folder by transformers in float32. Raises TurboquantError.
     """
     gguf = next((path for path in (a, b) if not path.is_dir()), None)
     if gguf is None:
@@ -61,7 +65,10 @@ def verify(
         found = []
         for path in (a, b):
             status.update(f"Running {path.name}")
-            found.append(run_checkpoint(path, prompt) if path.is_dir() else run_gguf(path, prompt, cache))
+            if path.is_dir():
+                found.append(run_checkpoint(path, prompt, trust_remote_code=trust_remote_code, console=console))
+            else:
+                found.append(run_gguf(path, prompt, cache))
     return compare(*found)
 
 
@@ -98,8 +105,13 @@ def run_gguf(path: Path, prompt: Sequence[int], types: CacheTypes) -> NDArray[np
         return context.logits(prompt)
 
 
-def run_checkpoint(folder: Path, prompt: Sequence[int]) -> NDArray[np.float32]:
-    """Logits of a checkpoint by transformers, in float32: (tokens, vocabulary)."""
+def run_checkpoint(
+    folder: Path, prompt: Sequence[int], *, trust_remote_code: bool = False, console: Console | None = None
+) -> NDArray[np.float32]:
+    """Logits of a checkpoint by transformers, in float32: (tokens, vocabulary).
+
+    trust_remote_code: run its own Python files where it needs them, and say so on `console`.
+    """
     try:
         import torch
         from transformers import AutoModelForCausalLM
@@ -111,8 +123,11 @@ def run_checkpoint(folder: Path, prompt: Sequence[int]) -> NDArray[np.float32]:
         ) from error
     logging.disable_progress_bar()  # the caller shows its own
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    except (OSError, ValueError, KeyError) as error:
+        with remotecode.allowed(trust_remote_code, console or Console(stderr=True)):
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    except remotecode.RemoteCodeError:
+        raise
+    except (ImportError, OSError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
         raise TurboquantError(f"transformers cannot load {folder}.", str(error)) from error
     with torch.inference_mode():
         return model(torch.tensor([prompt])).logits[0].numpy()

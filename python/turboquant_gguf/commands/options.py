@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from .. import benchplot, outputfile
+from .. import benchplot, outputfile, remotecode
 from ..errors import TurboquantError
 from ..inspection import parse_size
 
@@ -56,6 +56,16 @@ def _variable(context: click.Context, parameter: click.Parameter, value: int | N
         os.environ[variable] = str(value)
         context.call_on_close(undo)
     return value
+
+
+def trust_remote_code(command: Callable) -> Callable:
+    """The option --trust-remote-code."""
+    return click.option(
+        remotecode.FLAG,
+        is_flag=True,
+        help="Run Python files of the checkpoint where it cannot be read without; which is said. They can do anything "
+        "on this machine: look at them first.",
+    )(command)
 
 
 def numbers(*, least: int) -> Callable[[click.Context, click.Parameter, str | None], tuple[int, ...] | None]:

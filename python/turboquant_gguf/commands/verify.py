@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from .. import verify as library
+from . import options
 
 EPILOG = """\b
 Examples:
@@ -46,17 +47,34 @@ Examples:
     show_default=True,
     help="Largest mean KL divergence, in nats a token, that still passes.",
 )
+@options.trust_remote_code
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 @click.pass_context
 def verify(
-    context: click.Context, a: Path, b: Path, text: Path | None, tokens: int, types: str, max_kl: float, as_json: bool
+    context: click.Context,
+    a: Path,
+    b: Path,
+    text: Path | None,
+    tokens: int,
+    types: str,
+    max_kl: float,
+    trust_remote_code: bool,
+    as_json: bool,
 ) -> None:
     """Read the same tokens with A and B, and compare what they predict.
 
     Each is a GGUF, run by llama.cpp, or the folder of a Hugging Face checkpoint, run by transformers in float32.
     Exit code 0: the mean KL divergence is at most --max-kl; 1: it is more.
     """
-    found = library.verify(a, b, text=text, tokens=tokens, types=types, console=Console(stderr=True))
+    found = library.verify(
+        a,
+        b,
+        text=text,
+        tokens=tokens,
+        types=types,
+        trust_remote_code=trust_remote_code,
+        console=Console(stderr=True),
+    )
     same = found.kl_mean <= max_kl
     if as_json:
         click.echo(json.dumps({**asdict(found), "max_kl": max_kl, "same": same}, indent=2))
