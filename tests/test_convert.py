@@ -68,6 +68,28 @@ def test_logits_are_those_of_transformers(name, tmp_path):
     assert errors[1] < 1.2 * errors[0] + 1e-7
 
 
+def is_the_same_model(folder: Path, architecture: str) -> None:
+    made = quietly(folder, folder / "out.gguf", outtype="f32", rotate="none", force=True)
+    assert made.architecture == architecture
+    assert compare(run_checkpoint(folder, PROMPT), run_gguf(made.path, PROMPT, EXACT)).relative_error < 1e-4
+
+
+@pytest.mark.parametrize("name", checkpoints.HYBRIDS_AND_EXPERTS)
+def test_hybrids_and_experts(name, tmp_path):
+    folder = checkpoints.write(tmp_path / "checkpoint", name)
+    is_the_same_model(folder, checkpoints.HYBRIDS_AND_EXPERTS[name][0])
+
+
+@pytest.mark.parametrize("name", checkpoints.HUB_SPELLINGS)
+def test_names_from_before_transformers_5(name, tmp_path):
+    folder = checkpoints.write(tmp_path / "checkpoint", name)
+    config = json.loads((folder / "config.json").read_text())
+    said, left_out = checkpoints.HUB_SPELLINGS[name]
+    kept = {key: value for key, value in config.items() if key not in left_out}
+    (folder / "config.json").write_text(json.dumps(kept | said))
+    is_the_same_model(folder, checkpoints.HYBRIDS_AND_EXPERTS[name][0])
+
+
 def test_every_architecture_on_the_list_has_earned_it():
     assert value_rotation.CHECKED == {architecture for architecture, _, _ in checkpoints.ROTATABLE.values()}
 

@@ -61,7 +61,10 @@ def hostile(harmless, tmp_path):
         for part in PARTS.values():
             (folder / f"{part}_hostile.py").write_text(HOSTILE.format(marker=str(tmp_path / "ran")))
         (folder / "helper.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'a').write('helper\\n')\nnothing = None\n")
-        classes = {auto: f"{part}_hostile.{auto.removeprefix('Auto').removesuffix('ForCausalLM')}" for auto, part in PARTS.items()}
+        classes = {
+            auto: f"{part}_hostile.{auto.removeprefix('Auto').removesuffix('ForCausalLM')}"
+            for auto, part in PARTS.items()
+        }
         edit(folder / "config.json", auto_map=classes, **changes)
         tokenizers = {"AutoTokenizer": ["tokenization_hostile.Tokenizer", "tokenization_hostile.Tokenizer"]}
         edit(folder / "tokenizer_config.json", auto_map=tokenizers, tokenizer_class="HostileTokenizer")

@@ -192,13 +192,49 @@ def _open(model_dir: Path, outtype: str, tensors: _Tensors) -> Any:
 
 
 def _hparams(conversion: Any, model_dir: Path) -> dict[str, Any]:
-    """The configuration as the converter reads it, with the keys that it still wants and transformers 5 leaves out."""
+    """The configuration as the converter reads it, in the words that it knows."""
     hparams = conversion.ModelBase.load_hparams(model_dir, is_mistral_format=False)
     written = json.loads((model_dir / checkpoint.CONFIG).read_text("utf-8"))
     hparams = {**written, **hparams}
+    _respell(hparams)
+    return hparams
+
+
+# Kinds of layers as older checkpoints call them, and as transformers 5 does when it reads those or saves new ones.
+_GRANITE_LAYERS = {"linear_attention": "mamba", "full_attention": "attention"}
+_NEMOTRON_LAYERS = {
+    "mamba": "M",
+    "linear_attention": "M",
+    "attention": "*",
+    "full_attention": "*",
+    "mlp": "-",
+    "moe": "E",
+}
+# Those whose experts are always chosen by a sigmoid, so that transformers 5 does not write it down.
+_SIGMOID = (
+    "DeepseekV3ForCausalLM", "DeepseekV32ForCausalLM", "Dots1ForCausalLM", "ExaoneMoeForCausalLM",
+    "Glm4MoeLiteForCausalLM",
+)  # fmt: skip
+
+
+def _respell(hparams: dict[str, Any]) -> None:
+    """Gives what transformers 5 calls otherwise, or leaves out, the name by which the converter looks for it."""
     if "rope_parameters" in hparams:
         hparams.setdefault("rotary_pct", (hparams["rope_parameters"] or {}).get("partial_rotary_factor", 1.0))
-    return hparams
+    if kinds := hparams.get("mlp_layer_types"):
+        dense = next((number for number, kind in enumerate(kinds) if kind != "dense"), len(kinds))
+        hparams.setdefault("first_k_dense_replace", dense)
+    architecture = (hparams.get("architectures") or [None])[0]
+    if architecture in _SIGMOID:
+        hparams.setdefault("scoring_func", "sigmoid")
+    if architecture == "GraniteMoeHybridForCausalLM" and (kinds := hparams.get("layer_types")):
+        hparams["layer_types"] = [_GRANITE_LAYERS.get(kind, kind) for kind in kinds]
+    if architecture == "NemotronHForCausalLM":
+        if kinds := hparams.get("layers_block_type"):
+            hparams["hybrid_override_pattern"] = "".join(_NEMOTRON_LAYERS[kind] for kind in kinds)
+        if "E" not in hparams.get("hybrid_override_pattern", "E"):  # transformers counts experts where there are none
+            for key in ("n_group", "n_routed_experts", "num_experts_per_tok", "n_shared_experts"):
+                hparams.pop(key, None)
 
 
 def _plan(writer: Any, tensors: _Tensors) -> str | None:
@@ -354,8 +390,8 @@ def _advice(error: Exception) -> str:
     return "llama.cpp's converter failed on this checkpoint."
 
 
-# Said of every checkpoint whose configuration transformers 5 has read.
-_HARMLESS = "Unknown RoPE type: default"
+# The first is said of every checkpoint whose configuration transformers 5 has read, the second of those it has not.
+_HARMLESS = ("Unknown RoPE type: default", "Trying to load config.json instead")
 
 
 class _Warnings(logging.Handler):
