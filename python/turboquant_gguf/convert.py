@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import pickle
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -361,6 +362,11 @@ def _converter_errors(console: Console) -> Iterator[None]:
             raise TurboquantError(
                 f"The file could not be written whole: {error.strerror}. Free some space, or write elsewhere with -o."
             ) from error
+        if isinstance(error, FileNotFoundError):
+            name = Path(error.filename or str(error).rpartition(": ")[2]).name
+            raise TurboquantError(
+                f"The checkpoint lacks a file that its architecture needs: {name}. Download it too."
+            ) from error
         raise TurboquantError(f"The checkpoint cannot be read: {error}. Download it again.") from error
     except pickle.UnpicklingError as error:  # what it says is how to run it nevertheless
         raise TurboquantError(
@@ -382,6 +388,11 @@ def _advice(error: Exception) -> str:
             "llama.cpp's converter does not know this tokenizer: it recognizes tokenizers by how they split a test "
             "text, and this one splits it like none it knows. Are the tokenizer's files complete and those of the "
             "original model?"
+        )
+    if isinstance(error, NotImplementedError) and re.search("[Qq]uant|gptq|compressed", text):
+        return (
+            f"llama.cpp's converter cannot undo how this checkpoint is quantized ({text}). Convert the checkpoint it was "
+            "made from."
         )
     if text.startswith("Can not map tensor"):
         return f"The checkpoint holds a tensor that its architecture does not have: {text.rpartition(' ')[2]}."
