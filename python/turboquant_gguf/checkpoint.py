@@ -71,8 +71,8 @@ def _require_fetched(folder: Path) -> None:
     pointers = sorted(path.name for path in read if _begins_with(path, _LFS))
     if pointers:
         raise TurboquantError(
-            f"{', '.join(pointers[:3])}{', ...' if pointers[3:] else ''} in {folder} hold only pointers of Git LFS. Fetch "
-            f"what they stand for: git -C {folder} lfs pull"
+            f"{', '.join(pointers[:3])}{', ...' if pointers[3:] else ''} in {folder} hold only pointers of Git LFS. "
+            f"Fetch what they stand for: git -C {folder} lfs pull"
         )
 
 
@@ -101,8 +101,8 @@ def _require_unquantized(folder: Path, config: dict) -> None:
         return
     how = _METHODS.get(method, method) + (f" ({bits} bits)" if bits else "")
     raise TurboquantError(
-        f"{folder} is quantized with {how}, which llama.cpp's converter cannot undo. Convert the checkpoint it was made "
-        "from; --outtype q8_0 or llama-quantize makes that small."
+        f"{folder} is quantized with {how}, which llama.cpp's converter cannot undo. Convert the checkpoint it was "
+        "made from; --outtype q8_0 or llama-quantize makes that small."
     )
 
 

@@ -373,7 +373,9 @@ def _converter_errors(console: Console) -> Iterator[None]:
             "A pytorch_model*.bin holds more than weights, which would run as code if it was read. Get the checkpoint "
             "with safetensors."
         ) from error
-    except (Exception, SystemExit) as error:  # some classes of the converter call sys.exit
+    except (Exception, SystemExit) as error:
+        if isinstance(error, SystemExit) and error.code != 1:  # 1 is how the converter exits, others are signals to us
+            raise
         raise TurboquantError(_advice(error), f"{type(error).__name__}: {error}") from error
     finally:
         for logger in loggers:
@@ -391,8 +393,8 @@ def _advice(error: Exception) -> str:
         )
     if isinstance(error, NotImplementedError) and re.search("[Qq]uant|gptq|compressed", text):
         return (
-            f"llama.cpp's converter cannot undo how this checkpoint is quantized ({text}). Convert the checkpoint it was "
-            "made from."
+            f"llama.cpp's converter cannot undo how this checkpoint is quantized ({text}). Convert the checkpoint it "
+            "was made from."
         )
     if text.startswith("Can not map tensor"):
         return f"The checkpoint holds a tensor that its architecture does not have: {text.rpartition(' ')[2]}."

@@ -1,7 +1,7 @@
 """Python files that a checkpoint brings: transformers runs them only where the user has said so.
 
-llama.cpp's converter passes trust_remote_code=True for many architectures, and config.json chooses the architecture; for
-others transformers asks on the terminal. So what is passed does not count here, and nobody is asked.
+llama.cpp's converter passes trust_remote_code=True for many architectures, and config.json chooses the architecture;
+for others transformers asks on the terminal. So what is passed does not count here, and nobody is asked.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def allowed(trusted: bool, console: Console) -> Iterator[None]:
             console.print(f"Running code that the checkpoint names: {escape(what)}", highlight=False)
 
     def resolve(trust: bool | None, _model: object, has_class: bool, has_code: bool, *_: object, **__: object) -> bool:
-        """Whether to run code. Stands in for resolve_trust_remote_code, which believes `trust`, and asks if it is None."""
+        """Whether to run code. Stands in for resolve_trust_remote_code, which believes `trust`, and asks if None."""
         if not has_code or has_class and not (trusted and trust):
             return False
         if trust is False:  # the converter reads config.json itself then
