@@ -136,8 +136,118 @@ NOT_ROTATABLE: dict[str, tuple[str, str, dict]] = {
     ),
 }
 
+# Families with recurrent layers or experts that are not above, as transformers 5 writes them.
+_FOUR_LAYERS = _DERIVED | dict(num_hidden_layers=4)
+_LAYERS = dict(layer_types=["linear_attention", "linear_attention", "full_attention", "linear_attention"])
+_MAMBA = dict(mamba_n_heads=8, mamba_d_head=32, mamba_n_groups=1, mamba_d_state=16, mamba_d_conv=4, mamba_expand=2)
+_NEMOTRON = _FOUR_LAYERS | dict(
+    head_dim=32, mamba_num_heads=8, mamba_head_dim=32, n_groups=1, ssm_state_size=16, conv_kernel=4, expand=2
+)
+_ROUTED = dict(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, n_shared_experts=1)
+_GROUPS = dict(n_group=1, topk_group=1)
+_MLA = _ALL_HEADS | dict(q_lora_rank=64, kv_lora_rank=64, qk_rope_head_dim=16, qk_nope_head_dim=32, v_head_dim=32)
+_RECURRENT = dict(_DERIVED, state_size=16)
+del _RECURRENT["intermediate_size"]  # which they derive
+_DELTA = dict(linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=32, linear_value_head_dim=32)
+HYBRIDS_AND_EXPERTS: dict[str, tuple[str, str, dict]] = {
+    "cohere2moe": ("cohere2moe", "Cohere2MoeConfig", _FOUR_LAYERS | _EXPERTS | dict(num_shared_experts=1)),
+    "deepseek3": ("deepseek2", "DeepseekV3Config", _MLA | _ROUTED | _GROUPS | dict(first_k_dense_replace=1)),
+    "dots1": ("dots1", "Dots1Config", _ALL_HEADS | _ROUTED | _GROUPS | dict(first_k_dense_replace=1)),
+    "exaone-moe": (
+        "exaone-moe",
+        "ExaoneMoeConfig",
+        _FOUR_LAYERS | _EXPERTS | _GROUPS | dict(num_shared_experts=1, first_k_dense_replace=1, head_dim=HEAD_SIZE),
+    ),
+    "falcon-h1": (
+        "falcon-h1",
+        "FalconH1Config",
+        _DERIVED | _MAMBA | dict(mamba_d_ssm=256, head_dim=HEAD_SIZE),
+    ),
+    "falcon-mamba": ("mamba", "FalconMambaConfig", _RECURRENT | dict(time_step_rank=8)),
+    "glm4moe-lite": ("deepseek2", "Glm4MoeLiteConfig", _MLA | _ROUTED | _GROUPS),
+    "granitehybrid, experts": (
+        "granitehybrid",
+        "GraniteMoeHybridConfig",
+        _FOUR_LAYERS
+        | _LAYERS
+        | _MAMBA
+        | _LOCAL_EXPERTS
+        | dict(shared_intermediate_size=64, position_embedding_type=None),
+    ),
+    "granitehybrid, dense": (
+        "granitehybrid",
+        "GraniteMoeHybridConfig",
+        _FOUR_LAYERS
+        | _LAYERS
+        | _MAMBA
+        | dict(num_local_experts=0, num_experts_per_tok=0, shared_intermediate_size=128, position_embedding_type=None),
+    ),
+    "granitemoe, shared": (
+        "granitemoe",
+        "GraniteMoeSharedConfig",
+        _DERIVED | _LOCAL_EXPERTS | dict(shared_intermediate_size=64),
+    ),
+    "granitemoe, windows": (
+        "granite_swa",
+        "GraniteMoeSWAConfig",
+        _FOUR_LAYERS | _LOCAL_EXPERTS | dict(head_dim=HEAD_SIZE),
+    ),
+    "hy3": (
+        "hy_v3",
+        "HYV3Config",
+        _DERIVED | _EXPERTS | dict(num_shared_experts=1, head_dim=HEAD_SIZE, first_k_dense_replace=1),
+    ),
+    "jamba": (
+        "jamba",
+        "JambaConfig",
+        _FOUR_LAYERS
+        | _MAMBA
+        | dict(attn_layer_period=2, attn_layer_offset=1, mamba_dt_rank=8)
+        | dict(num_experts=4, num_experts_per_tok=2, expert_layer_period=2, expert_layer_offset=1),
+    ),
+    "lfm2moe": (
+        "lfm2moe",
+        "Lfm2MoeConfig",
+        _FOUR_LAYERS
+        | _EXPERTS
+        | dict(layer_types=["conv", "full_attention"] * 2, num_dense_layers=1, tie_word_embeddings=True),
+    ),
+    "llama4": (
+        "llama4",
+        "Llama4TextConfig",
+        _FOUR_LAYERS | _LOCAL_EXPERTS | dict(intermediate_size_mlp=192, head_dim=HEAD_SIZE, num_experts_per_tok=1),
+    ),
+    "mamba": ("mamba", "MambaConfig", _RECURRENT | dict(time_step_rank=8)),
+    "mamba2": ("mamba2", "Mamba2Config", _RECURRENT | dict(num_heads=8, head_dim=32, n_groups=1)),
+    "nemotron-h, dense": ("nemotron_h", "NemotronHConfig", _NEMOTRON | dict(hybrid_override_pattern="M-*M")),
+    "nemotron-h, experts": (
+        "nemotron_h_moe",
+        "NemotronHConfig",
+        _NEMOTRON | _ROUTED | _GROUPS | dict(hybrid_override_pattern="ME*M", moe_shared_expert_intermediate_size=64),
+    ),
+    "qwen3.5": ("qwen35", "Qwen3_5TextConfig", _FOUR_LAYERS | _DELTA | dict(head_dim=HEAD_SIZE)),
+    "qwen3.5, experts": (
+        "qwen35moe",
+        "Qwen3_5MoeTextConfig",
+        _FOUR_LAYERS | _DELTA | _EXPERTS | dict(head_dim=HEAD_SIZE, shared_expert_intermediate_size=64),
+    ),
+    "sarvam": ("deepseek2", "SarvamMLAConfig", _MLA | _ROUTED | _GROUPS | dict(first_k_dense_replace=1)),
+}
+HUB_SPELLINGS: dict[str, tuple[dict, tuple[str, ...]]] = {
+    "granitehybrid, experts": (dict(layer_types=["mamba", "mamba", "attention", "mamba"]), ()),
+    "granitehybrid, dense": (dict(layer_types=["mamba", "mamba", "attention", "mamba"]), ()),
+    "nemotron-h, dense": (
+        dict(hybrid_override_pattern="M-*M"),
+        ("layers_block_type", "mtp_layers_block_type", *_GROUPS, *_ROUTED, "moe_shared_expert_intermediate_size"),
+    ),
+    "nemotron-h, experts": (dict(hybrid_override_pattern="ME*M"), ("layers_block_type", "mtp_layers_block_type")),
+    "glm4moe-lite": (dict(first_k_dense_replace=1, scoring_func="sigmoid"), ("mlp_layer_types",)),
+    "deepseek3": (dict(scoring_func="sigmoid"), ()),
+}
+"""What config.json says on the Hub, where transformers 5 writes something else, and what it does not say."""
+
 # Those whose conversion wants a tokenizer.model.
-_SENTENCEPIECE = ("ernie4_5", "gemma", "gemma2", "gemma3", "nemotron", "phi3")
+_SENTENCEPIECE = ("jamba", "ernie4_5", "gemma", "gemma2", "gemma3", "nemotron", "phi3")
 
 # ggml computes GELU from a table of 16-bit floats, 2e-4 off; with small layers behind it, that does not hide the rest.
 _AFTER_GELU = ("mlp.down_proj", "mlp.c_proj", "dense_4h_to_h", "mlp.fc2")
@@ -151,7 +261,7 @@ def write(
 
     changes: of its arguments. save: arguments of save_pretrained.
     """
-    _, config_class, arguments = (ROTATABLE | NOT_ROTATABLE)[name]
+    _, config_class, arguments = (ROTATABLE | NOT_ROTATABLE | HYBRIDS_AND_EXPERTS)[name]
     config = getattr(transformers, config_class)(**arguments | (changes or {}))
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -1,13 +1,17 @@
 """tools/bootstrap.py in a small repository of its own: a real .venv, the real pip, a build that takes no time."""
 
 import ast
+import hashlib
+import io
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -160,6 +164,48 @@ def test_test_command_installs_the_extras_and_runs_pytest(installed):
     assert "No module named pytest" in missing.stderr
     stamp = json.loads((installed.root / ".venv" / "bootstrap-stamp.json").read_text())
     assert {"cluster", "convert", "eval", "python", "report", "test"} <= set(stamp["extras"])
+
+
+def test_bindings_are_installed_by_hash_before_they_run(tmp_path):
+    """Their version is that of the sources, and so is the hash: another file is refused, and nothing in it runs."""
+    repository = Repository(tmp_path / "repository")
+    root = repository.root
+    (root / "pyproject.toml").write_text(
+        PYPROJECT + '[project.optional-dependencies]\npython = ["llama-cpp-python==1.0"]\ntest = []\n'
+    )
+    archive = tmp_path / "index" / "llama_cpp_python-1.0.tar.gz"
+    archive.parent.mkdir()
+    members = {
+        "PKG-INFO": "Metadata-Version: 2.1\nName: llama-cpp-python\nVersion: 1.0\n",
+        "pyproject.toml": '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n',
+        "backend.py": BACKEND.replace("turboquant_gguf-0.1.0", "llama_cpp_python-1.0")
+        .replace("Name: turboquant-gguf\\nVersion: 0.1.0", "Name: llama-cpp-python\\nVersion: 1.0")
+        .replace('Path("python/greeting.txt").read_text()', f"open({str(tmp_path / 'ran')!r}, 'w').write('') or ''"),
+    }
+    with tarfile.open(archive, "w:gz") as tar:
+        for name, content in members.items():
+            member = tarfile.TarInfo(f"llama_cpp_python-1.0/{name}")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content.encode()))
+    pin = root / "ggml_turbo" / "graft" / "pin.toml"
+    pin.parent.mkdir(parents=True)
+    offline = {"PIP_FIND_LINKS": str(archive.parent), "PIP_CONFIG_FILE": os.devnull, "PIP_NO_CACHE_DIR": "1"}
+
+    pin.write_text(f'sha256 = "{"0" * 64}"\n')
+    failed = repository.run("test", **offline)
+    assert failed.returncode == 1 and "is not the published file" in failed.stderr, failed.stderr
+    assert not (tmp_path / "ran").exists()
+
+    pin.write_text(f'sha256 = "{hashlib.sha256(archive.read_bytes()).hexdigest()}"\n')
+    assert "the Python bindings: installed in" in repository.run("test", **offline).stderr
+    assert (tmp_path / "ran").exists()
+
+
+def test_the_bindings_are_of_the_pinned_version():
+    root = BOOTSTRAP.parent.parent
+    pin = tomllib.loads((root / "ggml_turbo" / "graft" / "pin.toml").read_text())
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    assert project["optional-dependencies"]["python"] == [f"{pin['package']}=={pin['version']}"]
 
 
 def test_half_made_venv_is_made_anew(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 
 import instruction_sets
 import turboquant_gguf
-from turboquant_gguf import codec_numpy
+from turboquant_gguf import codec_numpy, converter
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "ggml_turbo"
@@ -171,6 +171,30 @@ def test_structured_blocks(name: str, shape: str):
 
 
 # ---- the binding ----
+
+
+@each_type
+def test_gguf_py_reads_and_writes_the_types(name: str, tmp_path: Path):
+    gguf = converter.load()[1]
+    qtype = gguf.GGMLQuantizationType[name.upper()]
+    x = np.random.default_rng(1).standard_normal((3, 5, 192)).astype(np.float32)
+    rows = gguf.quants.quantize(x, qtype)
+    writer = gguf.GGUFWriter(tmp_path / "out.gguf", "llama")
+    writer.add_tensor("x", rows, raw_dtype=qtype)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+    (tensor,) = gguf.GGUFReader(tmp_path / "out.gguf").tensors
+    assert tensor.tensor_type == qtype
+    blocks = np.array(tensor.data).reshape(-1, CODECS[name].block_bytes)
+    assert np.array_equal(blocks, codec_numpy.quantize_blocks(CODECS[name], x.reshape(-1, 64)))
+    y = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+    assert y.dtype == np.float32 and y.shape == x.shape
+    assert np.array_equal(y.reshape(-1, 64), codec_numpy.dequantize_blocks(CODECS[name], blocks))
+    lazy = gguf.quants.dequantize(gguf.LazyNumpyTensor.from_eager(rows), qtype)
+    assert np.array_equal(gguf.LazyNumpyTensor.to_eager(lazy), y)
 
 
 def test_shapes():

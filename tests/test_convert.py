@@ -68,6 +68,28 @@ def test_logits_are_those_of_transformers(name, tmp_path):
     assert errors[1] < 1.2 * errors[0] + 1e-7
 
 
+def is_the_same_model(folder: Path, architecture: str) -> None:
+    made = quietly(folder, folder / "out.gguf", outtype="f32", rotate="none", force=True)
+    assert made.architecture == architecture
+    assert compare(run_checkpoint(folder, PROMPT), run_gguf(made.path, PROMPT, EXACT)).relative_error < 1e-4
+
+
+@pytest.mark.parametrize("name", checkpoints.HYBRIDS_AND_EXPERTS)
+def test_hybrids_and_experts(name, tmp_path):
+    folder = checkpoints.write(tmp_path / "checkpoint", name)
+    is_the_same_model(folder, checkpoints.HYBRIDS_AND_EXPERTS[name][0])
+
+
+@pytest.mark.parametrize("name", checkpoints.HUB_SPELLINGS)
+def test_names_from_before_transformers_5(name, tmp_path):
+    folder = checkpoints.write(tmp_path / "checkpoint", name)
+    config = json.loads((folder / "config.json").read_text())
+    said, left_out = checkpoints.HUB_SPELLINGS[name]
+    kept = {key: value for key, value in config.items() if key not in left_out}
+    (folder / "config.json").write_text(json.dumps(kept | said))
+    is_the_same_model(folder, checkpoints.HYBRIDS_AND_EXPERTS[name][0])
+
+
 def test_every_architecture_on_the_list_has_earned_it():
     assert value_rotation.CHECKED == {architecture for architecture, _, _ in checkpoints.ROTATABLE.values()}
 
@@ -261,6 +283,84 @@ def test_folders_that_hold_no_checkpoint(llama, tmp_path):
     refused(llama, "holds no weights", tmp_path)
     (llama / "config.json").write_text('{"architectures": ')
     refused(llama, "not valid JSON", tmp_path)
+
+
+QUANTIZED = {
+    "AWQ (4 bits)": dict(quantization_config=dict(quant_method="awq", bits=4)),
+    "bitsandbytes": dict(quantization_config=dict(quant_method="bitsandbytes", load_in_4bit=True)),
+    "GPTQ (3 bits)": dict(quantization_config=dict(quant_method="gptq", bits=3)),
+    "HQQ": dict(quantization_config=dict(quant_method="hqq")),
+    "MLX (4 bits)": dict(quantization=dict(group_size=64, bits=4), quantization_config=dict(group_size=64, bits=4)),
+    "quanto": dict(text_config=dict(quantization_config=dict(quant_method="quanto"))),
+    "torchao": dict(quantization_config=dict(quant_method="torchao")),
+}
+
+
+@pytest.mark.parametrize("method", QUANTIZED)
+def test_quantized_checkpoints_are_refused_by_method(method, llama, tmp_path):
+    configure(llama, **QUANTIZED[method])
+    refused(llama, rf"is quantized with {re.escape(method)}, .*Convert the checkpoint it was made from", tmp_path)
+
+
+def test_a_format_that_the_converter_does_not_know(llama, tmp_path):
+    quantized = dict(quant_method="compressed-tensors", format="marlin-24", config_groups={"group_0": {"weights": {}}})
+    configure(llama, quantization_config=quantized)
+    refused(llama, "cannot undo how this checkpoint is quantized .*marlin-24", tmp_path)
+
+
+def test_what_the_converter_can_undo_is_converted(llama, tmp_path):
+    """Weights in 8-bit floats with a scale for each block of 32 x 32."""
+    weights = load_file(llama / "model.safetensors")
+    expected = {}
+    for name in [name for name in weights if "mlp" in name]:
+        weights[name] = (8 * weights[name]).to(torch.float8_e4m3fn)
+        weights[f"{name}_scale_inv"] = torch.full([-(-size // 32) for size in weights[name].shape], 1 / 8)
+        expected[name] = weights[name].float() / 8
+    save_file(weights, llama / "model.safetensors", {"format": "pt"})
+    configure(llama, quantization_config=dict(quant_method="fp8", weight_block_size=[32, 32]))
+    made = quietly(llama, tmp_path / "out.gguf", outtype="f32")
+    found = tensors(made.path)["blk.1.ffn_up.weight"].data
+    assert np.array_equal(found, expected["model.layers.1.mlp.up_proj.weight"].numpy())
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_pointers_of_git_lfs(name, llama, tmp_path):
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 1234\n"
+    (llama / name).write_text(pointer)
+    (llama / "picture.png").write_text(pointer)  # which nobody reads
+    refused(llama, f"{name} in .* hold only pointers of Git LFS.* lfs pull", tmp_path)
+
+
+@pytest.mark.parametrize("configured", [True, False])
+def test_an_adapter_alone(configured, llama, tmp_path):
+    (llama / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/model"}')
+    (llama / "model.safetensors").rename(llama / "adapter_model.safetensors")
+    if not configured:
+        (llama / "config.json").unlink()
+    refused(llama, "holds an adapter for someone/model, not a model. Merge", tmp_path)
+
+
+def test_a_model_with_an_adapter_beside_it(llama, tmp_path):
+    (llama / "adapter_config.json").write_text("{}")
+    save_file({"a": torch.zeros(1)}, llama / "adapter_model.safetensors")
+    assert quietly(llama, tmp_path / "out.gguf").tensors
+
+
+def test_no_tokenizer(llama, tmp_path):
+    for path in llama.glob("tokenizer*"):
+        path.unlink()
+    refused(llama, "has no tokenizer .*Download it too", tmp_path)
+
+
+def test_another_tokenizer_than_the_architecture_needs(tmp_path):
+    folder = checkpoints.write(tmp_path / "checkpoint", "gemma")
+    (folder / "tokenizer.model").rename(folder / "spiece.model")
+    refused(folder, "lacks a file that its architecture needs: tokenizer.model", tmp_path)
+
+
+def configure(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
 
 
 def test_outputs_that_cannot_be_written(llama, tmp_path):

@@ -1,8 +1,9 @@
 """The graft: what it inserts into llama.cpp, and what is said when the sources do not fit."""
 
+import hashlib
+import io
 import os
 import subprocess
-import sys
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -122,25 +123,63 @@ def test_a_folder_with_other_files_is_never_written(small, tmp_path):
 # ---- where the sources come from
 
 
-def fake_archive(scratch: Path) -> Path:
-    """A source distribution with the right name and the wrong content."""
-    path = scratch / f"llama_cpp_python-{source.PIN['version']}.tar.gz"
-    (scratch / "CMakeLists.txt").write_text("wrong")
+def write_archive(path: Path, members: dict[str, str]) -> str:
+    """Write a source distribution with files of these contents; its SHA-256."""
     with tarfile.open(path, "w:gz") as tar:
-        tar.add(scratch / "CMakeLists.txt", f"{path.name.removesuffix('.tar.gz')}/{source.PIN['folder']}/CMakeLists.txt")
-    return path
+        for name, content in members.items():
+            member = tarfile.TarInfo(f"{path.name.removesuffix('.tar.gz')}/{name}")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content.encode()))
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_a_damaged_download_is_refused_and_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(source, "download", fake_archive)
-    with pytest.raises(source.SourceError, match="SHA-256 .* expected .*\n.*pip cache purge"):
-        source.pinned(tmp_path)
-    assert list(tmp_path.iterdir()) == []
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    """Makes a source distribution with the right name and the wrong content, which pip finds instead of the right one.
+
+    Called with lines of its pyproject.toml, returns its SHA-256. All code in it, and in what it requires, would leave
+    `ran` in tmp_path.
+    """
+    index = tmp_path / "index"
+    index.mkdir()
+    package, version = source.PIN["package"], source.PIN["version"]
+    hostile = f"open({str(tmp_path / 'ran')!r}, 'w').close()\n"
+    write_archive(index / "requirement-1.tar.gz", {"setup.py": hostile})
+    for name, value in {"CONFIG_FILE": os.devnull, "NO_INDEX": "1", "FIND_LINKS": str(index), "NO_CACHE_DIR": "1"}.items():
+        monkeypatch.setenv(f"PIP_{name}", value)
+
+    def make(*lines: str) -> str:
+        build = ["[build-system]", "requires = ['requirement']", f"build-backend = '{source.PIN['backend']}'", *lines]
+        return write_archive(
+            index / f"{package.replace('-', '_')}-{version}.tar.gz",
+            {
+                "setup.py": hostile,
+                "scikit_build_core/build.py": hostile,
+                "pyproject.toml": "\n".join(build),
+                "PKG-INFO": f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n",
+                f"{source.PIN['folder']}/CMakeLists.txt": "wrong",
+            },
+        )
+
+    return make
 
 
-def test_an_interrupted_unpacking_does_not_count_as_done(tmp_path, monkeypatch):
-    monkeypatch.setattr(source, "download", fake_archive)
-    monkeypatch.setattr(source, "verify", lambda archive: None)
+def test_another_download_is_refused_before_anything_in_it_runs(fake, tmp_path):
+    fake("backend-path = ['.']")
+    with pytest.raises(source.SourceError, match="another SHA-256 than .*\n.*pip cache purge"):
+        source.pinned(tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+    assert not (tmp_path / "ran").exists()
+
+
+def test_nothing_of_the_right_download_runs_either(fake, tmp_path, monkeypatch):
+    monkeypatch.setitem(source.PIN, "sha256", fake())
+    assert (source.pinned(tmp_path / "cache") / "CMakeLists.txt").read_text() == "wrong"
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_interrupted_unpacking_does_not_count_as_done(fake, tmp_path, monkeypatch):
+    monkeypatch.setitem(source.PIN, "sha256", fake())
 
     def interrupted(archive, scratch):
         (scratch / "tree").mkdir()
@@ -149,9 +188,9 @@ def test_an_interrupted_unpacking_does_not_count_as_done(tmp_path, monkeypatch):
     with monkeypatch.context() as first_run:
         first_run.setattr(source, "unpack", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            source.pinned(tmp_path)
-    assert (source.pinned(tmp_path) / "CMakeLists.txt").read_text() == "wrong"
-    assert len(list(tmp_path.iterdir())) == 1
+            source.pinned(tmp_path / "cache")
+    assert (source.pinned(tmp_path / "cache") / "CMakeLists.txt").read_text() == "wrong"
+    assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
 def test_no_network_says_what_to_do(tmp_path, monkeypatch):

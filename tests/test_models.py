@@ -151,7 +151,7 @@ except KeyboardInterrupt:
         process = subprocess.Popen([sys.executable, "-c", script], env=environment)
         silent.settimeout(30)
         connection, _ = silent.accept()
-        staging = list((tmp_path / "models").glob(".fetch-*"))
+        staging = list((tmp_path / "models").glob("tiny.gguf.*.partial"))
         process.send_signal(signal.SIGINT)
         began = time.monotonic()
         assert process.wait(20) == 130

@@ -98,7 +98,11 @@ def install(extras):
     UNFINISHED.touch()
     LOG.write_text("")
     for requirement in _bindings(extras):
-        _pip("the Python bindings", [requirement], {"CMAKE_ARGS": BINDINGS_CMAKE_ARGS})
+        # By hash, before anything in it runs. What it depends on comes with ours, which names it as well.
+        listed = VENV / "bindings.txt"
+        listed.write_text("%s --hash=sha256:%s\n" % (requirement, _pin()["sha256"]))
+        arguments = ["--no-deps", "--require-hashes", "--requirement", str(listed)]
+        _pip("the Python bindings", arguments, {"CMAKE_ARGS": BINDINGS_CMAKE_ARGS})
     _pip("turboquant-gguf", ["%s[%s]" % (ROOT, ",".join(extras)) if extras else str(ROOT)], {})
     STAMP.write_text(json.dumps(dict(wanted, extras=extras)))
     UNFINISHED.unlink()
@@ -165,11 +169,20 @@ def _make_venv():
 
 def _bindings(extras):
     """The requirement of llama-cpp-python that `extras` of pyproject.toml name, as a list of none or one."""
-    import tomllib  # here, because Pythons too old for it must get as far as saying so
-
-    named = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"].get("optional-dependencies", {})
+    named = _toml("pyproject.toml")["project"].get("optional-dependencies", {})
     requirements = {line for extra in extras for line in named.get(extra, []) if line.startswith(BINDINGS)}
     return sorted(requirements)
+
+
+def _pin():
+    """The source distribution of llama-cpp-python that the build takes llama.cpp from: the bindings are in it, too."""
+    return _toml("ggml_turbo/graft/pin.toml")
+
+
+def _toml(name):
+    import tomllib  # here, because Pythons too old for it must get as far as saying so
+
+    return tomllib.loads((ROOT / name).read_text("utf-8"))
 
 
 def _pip(what, requirements, environment):
@@ -217,6 +230,11 @@ def _pip_failure(what, log):
         return Failure(
             "The package index cannot be reached, so %s cannot be installed. Check the network or pip's proxy "
             "settings and run this again." % what
+        )
+    if re.search("DO NOT MATCH THE HASHES", log):
+        return Failure(
+            "The download of %s is not the published file (its hash is wrong) and was thrown away. Run this again; if it "
+            "stays so, a proxy or package mirror serves another file." % what
         )
     errors = re.findall(r"^.*\b(?:error|ERROR|Error|FAILED)\b.*$", log, re.MULTILINE)
     shown = errors[:5] or log.strip().splitlines()[-5:]

@@ -5,7 +5,6 @@
 """
 
 import argparse
-import hashlib
 import os
 import re
 import subprocess
@@ -21,6 +20,17 @@ OFFLINE = (
     f"Without a network: get the source distribution of {NAME} elsewhere, unpack it, "
     f"and configure with -DLLAMA_CPP_DIR=<its {PIN['folder']} folder>."
 )
+
+BACKEND = """\
+from pathlib import Path
+
+
+def prepare_metadata_for_build_wheel(folder, config_settings=None):
+    info = Path(folder, "{module}-{version}.dist-info")
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\\nName: {package}\\nVersion: {version}\\n")
+    return info.name
+"""
 
 
 class SourceError(Exception):
@@ -51,7 +61,6 @@ def pinned(cache: Path) -> Path:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache, prefix="unpack-") as scratch:
             archive = download(Path(scratch))
-            verify(archive)
             unpacked = unpack(archive, Path(scratch))
             try:
                 os.rename(unpacked, folder)
@@ -64,26 +73,34 @@ def pinned(cache: Path) -> Path:
 
 
 def download(scratch: Path) -> Path:
+    """The source distribution in `scratch`, through pip, which checks its hash before it looks inside.
+
+    For metadata that nobody needs here, pip then asks the build back end that the distribution names. A stand-in of
+    that name answers, so that neither code of the distribution runs nor build requirements are fetched for it.
+    """
+    requirement, backend = scratch / "requirement.txt", scratch / "backend"
+    requirement.write_text(f"{PIN['package']}=={PIN['version']} --hash=sha256:{PIN['sha256']}\n")
+    module = backend.joinpath(*PIN["backend"].split(".")).with_suffix(".py")
+    module.parent.mkdir(parents=True)
+    module.write_text(BACKEND.format(**PIN, module=PIN["package"].replace("-", "_")))
     command = [
-        sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
-        "--no-binary", PIN["package"], "--dest", str(scratch), f"{PIN['package']}=={PIN['version']}",
+        sys.executable, "-P", "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
+        "--no-binary", PIN["package"], "--no-build-isolation", "--require-hashes", "--requirement", str(requirement),
+        "--dest", str(scratch),
     ]
-    result = subprocess.run(command, capture_output=True, text=True)
+    path = os.pathsep.join(filter(None, [str(backend), os.environ.get("PYTHONPATH")]))
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
     archives = list(scratch.glob("*.tar.gz"))
     if result.returncode != 0 or not archives:
-        lines = (result.stderr or result.stdout).strip().splitlines() or ["pip said nothing"]
-        raise SourceError(f"pip could not download {NAME}: {lines[-1]}\nCheck the network and try again. {OFFLINE}")
+        said = (result.stderr or result.stdout).strip()
+        if "DO NOT MATCH THE HASHES" in said:
+            raise SourceError(
+                f"The download of {NAME} has another SHA-256 than {PIN['sha256']}: it is damaged or not the published "
+                f"file, and was thrown away.\nRun `{sys.executable} -m pip cache purge` and try again. {OFFLINE}"
+            )
+        last = said.splitlines()[-1] if said else "pip said nothing"
+        raise SourceError(f"pip could not download {NAME}: {last}\nCheck the network and try again. {OFFLINE}")
     return archives[0]
-
-
-def verify(archive: Path) -> None:
-    with archive.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != PIN["sha256"]:
-        raise SourceError(
-            f"{archive.name} has SHA-256 {found}, expected {PIN['sha256']}: the download is damaged or not the published file.\n"
-            f"Run `{sys.executable} -m pip cache purge` and try again. {OFFLINE}"
-        )
 
 
 def unpack(archive: Path, scratch: Path) -> Path:

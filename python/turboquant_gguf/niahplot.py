@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import benchplot
+from . import benchplot, outputfile
 from .niah import Report, heading, shares
 
 if TYPE_CHECKING:
@@ -50,7 +50,8 @@ def write(report: Report, path: Path) -> None:
     figure.supxlabel("prompt tokens", fontsize="medium")
     figure.supylabel("depth of the needle, %", fontsize="medium")
     figure.colorbar(colors, ax=panels, label="needles found, %")
-    figure.savefig(path, dpi=150)
+    with outputfile.beside(path) as unfinished:
+        figure.savefig(unfinished, dpi=150)
 
 
 def _draw(axes: Axes, report: Report, types: str, colors: ScalarMappable) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
-from . import checkpoint, progress, texts
+from . import checkpoint, progress, remotecode, texts
 from .cachetypes import CacheTypes
 from .errors import TurboquantError
 from .ggufile import GGUFModel
@@ -49,12 +50,14 @@ def verify(
     tokens: int = DEFAULT_TOKENS,
     types: str = str(EXACT),
     threads: int | None = None,
+    trust_remote_code: bool = False,
     console: Console,
 ) -> Comparison:
     """Compare two models, each a GGUF or the folder of a Hugging Face checkpoint; at least one must be a GGUF.
 
     text: a UTF-8 file to read; None takes a bundled one. tokens: how many of it. types: cache types of the GGUFs, f32
-    to round nothing. threads: of the CPU. A GGUF is run by libllama, a folder by transformers in float32. Raises TurboquantError.
+    to round nothing. threads: of the CPU. trust_remote_code: run Python files of a folder where transformers needs them. A
+    GGUF is run by libllama, a folder by transformers in float32. Raises TurboquantError.
     """
     gguf = next((path for path in (a, b) if not path.is_dir()), None)
     if gguf is None:
@@ -67,7 +70,10 @@ def verify(
     found = []
     for path in (a, b):
         with progress.status(console, f"running {path.name}"):
-            found.append(run_checkpoint(path, prompt) if path.is_dir() else run_gguf(path, prompt, cache, threads))
+            if path.is_dir():
+                found.append(run_checkpoint(path, prompt, trust_remote_code=trust_remote_code, console=console))
+            else:
+                found.append(run_gguf(path, prompt, cache, threads))
     return compare(*found)
 
 
@@ -140,8 +146,13 @@ def run_gguf(
         return context.logits(prompt)
 
 
-def run_checkpoint(folder: Path, prompt: Sequence[int]) -> NDArray[np.float32]:
-    """Logits of a checkpoint by transformers, in float32: (tokens, vocabulary)."""
+def run_checkpoint(
+    folder: Path, prompt: Sequence[int], *, trust_remote_code: bool = False, console: Console | None = None
+) -> NDArray[np.float32]:
+    """Logits of a checkpoint by transformers, in float32: (tokens, vocabulary).
+
+    trust_remote_code: run its own Python files where it needs them, and say so on `console`.
+    """
     try:
         import torch
         from transformers import AutoModelForCausalLM
@@ -153,8 +164,11 @@ def run_checkpoint(folder: Path, prompt: Sequence[int]) -> NDArray[np.float32]:
         ) from error
     logging.disable_progress_bar()  # the caller shows its own
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    except (OSError, ValueError, KeyError) as error:
+        with remotecode.allowed(trust_remote_code, console or Console(stderr=True)):
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    except remotecode.RemoteCodeError:
+        raise
+    except (ImportError, OSError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
         raise TurboquantError(f"transformers cannot load {folder}.", str(error)) from error
     with torch.inference_mode():
         return model(torch.tensor([prompt])).logits[0].numpy()

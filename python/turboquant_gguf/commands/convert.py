@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from .. import convert as library
+from . import options
 
 EPILOG = """\b
 Examples:
@@ -47,6 +48,7 @@ Examples:
     "--verify", is_flag=True, help="Compare the logits with those of transformers; keep the file if they agree."
 )
 @click.option("--force", is_flag=True, help="Replace the file if it exists.")
+@options.trust_remote_code
 @click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON; all else goes to stderr.")
 def convert(
     model_dir: Path,
@@ -56,6 +58,7 @@ def convert(
     calibrate: bool,
     verify: bool,
     force: bool,
+    trust_remote_code: bool,
     as_json: bool,
 ) -> None:
     """Convert the Hugging Face checkpoint in MODEL_DIR (config.json, safetensors, tokenizer) to GGUF.
@@ -73,6 +76,7 @@ def convert(
         calibrate=calibrate,
         verify=verify,
         force=force,
+        trust_remote_code=trust_remote_code,
         console=console,
     )
     if as_json:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import click
 
-from .. import benchplot
+from .. import benchplot, outputfile, remotecode
+from ..errors import TurboquantError
 from ..inspection import parse_size
 
 _FILE = click.Path(path_type=Path, dir_okay=False, writable=True)
@@ -55,6 +56,16 @@ def _variable(context: click.Context, parameter: click.Parameter, value: int | N
     return value
 
 
+def trust_remote_code(command: Callable) -> Callable:
+    """The option --trust-remote-code."""
+    return click.option(
+        remotecode.FLAG,
+        is_flag=True,
+        help="Run Python files of the checkpoint where it cannot be read without; which is said. They can do anything "
+        "on this machine: look at them first.",
+    )(command)
+
+
 def numbers(*, least: int) -> Callable[[click.Context, click.Parameter, str | None], tuple[int, ...] | None]:
     """A callback: numbers of tokens from `least` on, separated by commas."""
 
@@ -78,9 +89,12 @@ def memory(_context: click.Context, _parameter: click.Parameter, text: str | Non
 
 
 def output(_context: click.Context, _parameter: click.Parameter, path: Path | None) -> Path | None:
-    """A callback: a file to write, of a folder that exists: found out now, not after an hour of measuring."""
-    if path and not path.absolute().parent.is_dir():
-        raise click.BadParameter(f"There is no folder {path.parent}.")
+    """A callback: a file that can be written, found out now, not after an hour of measuring."""
+    if path:
+        try:
+            outputfile.check_folder(path)
+        except TurboquantError as error:
+            raise click.BadParameter(str(error)) from error
     return path
 
 

@@ -47,6 +47,7 @@ Examples:
     show_default=True,
     help="Largest mean KL divergence, in nats a token, that still passes.",
 )
+@options.trust_remote_code
 @options.window
 @options.threads
 @options.json("the figures")
@@ -60,6 +61,7 @@ def verify(
     types: str,
     max_kl: float,
     threads: int | None,
+    trust_remote_code: bool,
     as_json: bool,
 ) -> None:
     """Read the same tokens with A and B, and compare what they predict.
@@ -67,7 +69,16 @@ def verify(
     Each is a GGUF, run by llama.cpp, or the folder of a Hugging Face checkpoint, run by transformers in float32.
     Exit code 0: the mean KL divergence is at most --max-kl; 1: it is more.
     """
-    found = library.verify(a, b, text=text, tokens=tokens, types=types, threads=threads, console=Console(stderr=True))
+    found = library.verify(
+        a,
+        b,
+        text=text,
+        tokens=tokens,
+        types=types,
+        threads=threads,
+        trust_remote_code=trust_remote_code,
+        console=Console(stderr=True),
+    )
     same = found.kl_mean <= max_kl
     if as_json:
         click.echo(json.dumps({**asdict(found), "max_kl": max_kl, "same": same}, indent=2))
