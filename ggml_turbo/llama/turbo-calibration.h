@@ -31,11 +31,20 @@ struct llama_turbo_calibration {
     };
 
     std::vector<layer> layers;
-    uint64_t           hash = 0; // of all of it; odd
+    uint64_t           hash    = 0; // of the vectors; odd
+    uint32_t           context = 0; // the longest it is good for, in tokens
 
     // From the metadata of a model; null if there is none. Throws if it is damaged, of a version that this build does not
     // know, or not of this model.
     static std::shared_ptr<const llama_turbo_calibration> load(const gguf_context * metadata, const llama_model & model);
+};
+
+// While one lives, the caches that its thread makes are of a context of n_ctx tokens a sequence. A cache alone cannot tell:
+// that of a sliding window has fewer cells than its keys have positions.
+class llama_turbo_context {
+public:
+    explicit llama_turbo_context(uint32_t n_ctx);
+    ~llama_turbo_context();
 };
 
 // The vectors of a cache's layers, on the devices where those layers are.
@@ -47,8 +56,9 @@ public:
         ggml_backend_buffer_type_t buft;
     };
 
-    // Null if the model is not calibrated or keys of type_k are stored as they are. LLAMA_TURBO_CALIBRATION=0 turns it
-    // off; LLAMA_TURBO_CALIBRATION=force on for every type, which loses nothing and tests the arithmetic.
+    // Null if the model is not calibrated, keys of type_k are stored as they are, or the context is longer than what the
+    // calibration was measured for, of which the log then warns. LLAMA_TURBO_CALIBRATION=0 turns it off;
+    // LLAMA_TURBO_CALIBRATION=force on for every type and length, which loses nothing and tests the arithmetic.
     static std::shared_ptr<llama_turbo_keys> make(const llama_model & model, ggml_type type_k, const std::map<uint32_t, place> & places);
 
     uint64_t hash() const { return calibration->hash; }

@@ -17,6 +17,7 @@ Examples:
   turboquant-gguf calibrate model.gguf
   turboquant-gguf calibrate model.gguf -o better.gguf --text my-domain.txt
   turboquant-gguf calibrate model.gguf --in-place
+  turboquant-gguf calibrate model.gguf --context 16384
   llama-server -m model-calibrated.gguf -ctk turbo3 -ctv turbo3
 """
 
@@ -39,10 +40,17 @@ Examples:
 )
 @click.option(
     "--tokens",
-    type=click.IntRange(min=library.WINDOW // 4),
+    type=click.IntRange(min=library.MIN_TOKENS),
     default=library.DEFAULT_TOKENS,
     show_default=True,
     help="How much of it to read.",
+)
+@click.option(
+    "--context",
+    type=click.IntRange(min=library.MIN_TOKENS, max=library.MAX_CONTEXT),
+    metavar="N",
+    help="The longest context that it is for, in tokens; short ones gain more if it is no longer than needed "
+    "[default: what MODEL was trained for]",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Which parts of a longer text.")
 @click.option("--force", is_flag=True, help="Replace the output if it exists.")
@@ -53,6 +61,7 @@ def calibrate(
     in_place: bool,
     text: Path | None,
     tokens: int,
+    context: int | None,
     seed: int,
     force: bool,
     as_json: bool,
@@ -61,13 +70,22 @@ def calibrate(
 
     With it, a quantized key cache stores each key minus a constant and scaled channel by channel, and queries make up
     for it: the same model, but the cache loses several times less. It serves all quantized key types, q8_0 and q4_0 as
-    well. The model runs over a text twice, on the CPU. Stock llama.cpp runs the file as before.
+    well. The model runs over a text twice, on the CPU, at positions all over the context. Stock llama.cpp runs the file
+    as before. In a context longer than --context the keys are not calibrated, and the log says so.
     """
     if in_place and output:
         raise click.UsageError("Give either -o or --in-place.")
     console = Console(stderr=as_json)
     done = library.calibrate(
-        model, output, in_place=in_place, text=text, tokens=tokens, seed=seed, force=force, console=console
+        model,
+        output,
+        in_place=in_place,
+        text=text,
+        tokens=tokens,
+        context=context,
+        seed=seed,
+        force=force,
+        console=console,
     )
     if as_json:
         click.echo(json.dumps(asdict(done), indent=2, default=str))
@@ -75,7 +93,7 @@ def calibrate(
     if done.reason:
         console.print(f"Scaled, not centred: {done.reason}.", highlight=False)
     console.print(
-        f"{escape(str(done.path))}: keys of {done.layers} layers, from {done.tokens} tokens; expected squared error of "
-        f"the scores {1 / done.error:.1f} times smaller",
+        f"{escape(str(done.path))}: keys of {done.layers} layers, from {done.tokens} tokens, for contexts of up to "
+        f"{done.context}; expected squared error of the scores {1 / done.error:.1f} times smaller",
         highlight=False,
     )
