@@ -146,6 +146,10 @@ def calibrate(
                 raise TurboquantError(
                     f"{model} has no keys that can be calibrated: it stores none, or shares them with its values."
                 )
+            if not 0 < statistics.error < np.inf:
+                raise TurboquantError(
+                    f"The attention of {model} cannot be measured: it uses ALiBi, or computes numbers that are none."
+                )
             found = {layer: moments.solve(statistics.centred) for layer, moments in statistics.moments.items()}
             if number == 0:
                 before = statistics.error
