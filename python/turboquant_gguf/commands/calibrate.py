@@ -22,7 +22,7 @@ Examples:
 """
 
 
-@click.command(epilog=EPILOG, short_help="Make a model's quantized key caches several times as exact.")
+@click.command(epilog=EPILOG, short_help="Make a model's quantized key caches more exact.")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option(
     "-o",
@@ -69,7 +69,7 @@ def calibrate(
     """Measure how MODEL (a GGUF) uses its keys, and write that into a copy of it.
 
     With it, a quantized key cache stores each key minus a constant and scaled channel by channel, and queries make up
-    for it: the same model, but the cache loses several times less. It serves all quantized key types, q8_0 and q4_0 as
+    for it: the same model, but the cache loses less. It serves all quantized key types, q8_0 and q4_0 as
     well. The model runs over a text twice, on the CPU, at positions all over the context. Stock llama.cpp runs the file
     as before. In a context longer than --context the keys are not calibrated, and the log says so.
     """
