@@ -20,7 +20,7 @@ import checkpoints
 from sequences import Sequences
 from turboquant_gguf import cli
 from turboquant_gguf.cachetypes import CacheTypes
-from turboquant_gguf.calibration import KEY, Calibration, Layer, Moments, calibrate
+from turboquant_gguf.calibration import KEY, Calibration, Layer, Moments, _readings, calibrate
 from turboquant_gguf.convert import convert
 from turboquant_gguf.errors import TurboquantError
 from turboquant_gguf.ggufile import GGUFFile, rewrite
@@ -48,17 +48,22 @@ def environment(monkeypatch):
 
 
 def random_calibration(model: Path, output: Path, **changes) -> Path:
-    """The model with a calibration that fits it and means nothing."""
+    """The model with a calibration that fits it and means nothing. changes: of its keys; None for none of this name."""
     rng = np.random.default_rng(0)
     with ModelMemory(model) as memory:
-        sizes = [0 if layer.shares else layer.kv_heads * layer.head_size_k for layer in memory.layers]
+        shapes = [(0 if layer.shares else layer.kv_heads, layer.head_size_k) for layer in memory.layers]
+    sizes = [heads * size for heads, size in shapes]
+    logarithms = [rng.standard_normal(shape) for shape in shapes if shape[0]]
+    scales = [np.exp(head - head.mean(-1, keepdims=True)).ravel() for head in logarithms]
     metadata = {
         f"{KEY}version": 1,
+        f"{KEY}context": 1 << 20,
         f"{KEY}sizes": np.array(sizes, np.int32),
-        f"{KEY}scale": np.exp(rng.standard_normal(sum(sizes))).astype(np.float32),
+        f"{KEY}scale": np.concatenate(scales).astype(np.float32),
         f"{KEY}center": rng.standard_normal(sum(sizes)).astype(np.float32),
     }
-    rewrite(model, output, KEY, metadata | {KEY + name: value for name, value in changes.items()})
+    metadata |= {KEY + name: value for name, value in changes.items()}
+    rewrite(model, output, KEY, {key: value for key, value in metadata.items() if value is not None})
     return output
 
 
@@ -104,6 +109,26 @@ def test_moments_lower_the_objective_and_end_at_a_minimum():
             layer.scale * np.exp(0.02 * rng.standard_normal(layer.scale.shape)),
         )
         assert objective(q, k, weights, near, group) > sums[-1] * (1 - 1e-6)
+
+
+def test_moments_leave_out_what_the_recent_window_keeps():
+    """Pairs less than 64 apart do not count, and those with the first 4 keys a tenth; all do if no others are seen."""
+    rng = np.random.default_rng(5)
+    tokens, size = 90, 4
+    q, k = (rng.standard_normal((tokens, 1, size)).astype(np.float32) for _ in range(2))
+    i, j = np.indices((tokens, tokens))
+    layer = Layer(np.zeros((1, size)), np.ones((1, size)))
+    for seen, counted in (
+        (j <= i, np.where(j < 4, 0.1, i - j >= 64)),
+        ((j <= i) & (i - j < 64), 1.0),  # a sliding window
+    ):
+        mask = np.where(seen, 0, -np.inf).astype(np.float32)
+        scores = (q[:, 0] @ k[:, 0].T * 0.3 + mask).astype(np.float64)
+        p = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+        moments = Moments(1, size)
+        moments.add(q, k, mask, factor=0.3, layer=layer)
+        expected = objective(q, k, (p * (1 - p) * counted)[None], layer, 1)
+        assert moments.error == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_channel_made_larger_in_keys_and_smaller_in_queries_changes_nothing():
@@ -178,14 +203,142 @@ def test_no_centre_where_it_would_change_the_model(name, center, tmp_path):
         assert compare(plain, run_gguf(done.path, prompt, EXACT)).relative_error < 2e-5
 
 
+# ---- the positions it is for ----
+
+WARNING = "keys are not calibrated"
+
+
+def logits_and_log(path: Path, types: CacheTypes, length: int, position: int = 0) -> tuple[np.ndarray, str]:
+    """The logits after each of 40 tokens from `position` on, in a context of `length`, and what llama.cpp logged."""
+    prompt = [token % checkpoints.VOCABULARY for token in PROMPT[:40]]
+    with Model(path) as model, model.open(length, types) as context:
+        return context.read(prompt, position, outputs=len(prompt)).copy(), "".join(model.log)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "lfm2"])
+@pytest.mark.parametrize("measured, longest", [(1000, 1024), (None, 2048)])  # llama.cpp's contexts: multiples of 256
+def test_left_alone_in_longer_contexts(name, measured, longest, tmp_path, environment):
+    """As if the file had no calibration, with a warning; a sliding window's cache is short, but its positions are not."""
+    model = checkpoints.gguf(tmp_path, name)
+    calibrated = random_calibration(model, tmp_path / "calibrated.gguf", context=measured)
+    types = CacheTypes("q8_0", "q8_0")
+    plain, _ = logits_and_log(model, types, longest)
+    within, log = logits_and_log(calibrated, types, longest)
+    assert not np.array_equal(within, plain) and WARNING not in log
+    beyond, log = logits_and_log(calibrated, types, longest + 256)
+    assert np.array_equal(beyond, plain)
+    assert log.count(WARNING) == 1 and f"turboquant-gguf calibrate --context {longest + 256}" in log
+    environment("LLAMA_TURBO_CALIBRATION", "force")
+    forced, log = logits_and_log(calibrated, types, longest + 256)
+    assert np.array_equal(forced, within) and WARNING not in log
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "stablelm"])
+def test_exact_at_late_positions(name, tmp_path, environment):
+    model = checkpoints.gguf(tmp_path, name)
+    other = random_calibration(model, tmp_path / "calibrated.gguf")
+    environment("LLAMA_TURBO_CALIBRATION", "force")
+    for position in (1000, 100_000):
+        plain, forced = (logits_and_log(path, EXACT, 256, position)[0] for path in (model, other))
+        assert not np.array_equal(plain, forced)
+        assert compare(plain, forced).relative_error < 2e-5
+
+
+def test_states_of_contexts_in_which_it_is_left_alone(tmp_path):
+    """They are those of the model without it, and not those of shorter contexts."""
+    types = CacheTypes("q8_0", "q8_0")
+    model = checkpoints.gguf(tmp_path, "llama")
+    path = random_calibration(model, tmp_path / "calibrated.gguf", context=256)
+    short, long, plain = saved(path, types, 256), saved(path, types, 512), saved(model, types, 512)
+    assert long == plain != short
+    assert restored(path, types, plain, 512) is not None and restored(path, types, short, 256) is not None
+    assert restored(path, types, short, 512) is None and restored(path, types, plain, 256) is None
+
+
+def test_the_file_says_what_it_was_measured_for(smollm2, calibrated, tmp_path):
+    def said(path: Path) -> int:
+        with GGUFFile(path) as file:
+            return file.metadata[f"{KEY}context"]
+
+    assert said(calibrated) == 8192  # what the model was trained for
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat and the dog ate the food. " * 20)
+    for name, trained in (("llama", 512), ("gpt2", 512), ("gemma3", 512), ("lfm2", 512)):
+        model = checkpoints.gguf(tmp_path, name)
+        done = quietly(model, tmp_path / f"{name}-calibrated.gguf", text=text, tokens=512)
+        assert said(done.path) == done.context == trained
+    done = quietly(tmp_path / "llama.gguf", tmp_path / "longer.gguf", text=text, tokens=512, context=3000)
+    assert said(done.path) == done.context == 3000
+    with pytest.raises(TurboquantError, match="knows 512 positions. Give a --context of at most that"):
+        quietly(tmp_path / "gpt2.gguf", tmp_path / "none.gguf", text=text, context=513)
+
+
+@pytest.mark.parametrize("windows, count", [(1, 12), (5, 15), (7, 14), (40, 40)])
+@pytest.mark.parametrize("context", [700, 8192, 1 << 17])
+def test_positions_that_are_read(windows, count, context):
+    """All over the context, denser at its beginning, and every window is read equally often."""
+    texts = [[number] * 512 for number in range(windows)]
+    readings = _readings(texts, context)
+    positions = np.array([position for position, _ in readings])
+    assert len(readings) == count and (positions >= 0).all() and (positions + 512 <= context).all()
+    assert {text[0]: sum(other == text for _, other in readings) for _, text in readings} == {
+        number: count // windows for number in range(windows)
+    }
+    part = positions / (context - 512)
+    assert part.min() < 0.1 and part.max() > 0.8 and 0.3 < np.median(part) < 0.4
+    assert _readings(texts, 512) == [(0, text) for text in texts]
+
+
+def test_positions_matter_only_where_keys_are_turned(tmp_path):
+    """SmolLM3 has a layer without RoPE: whatever the positions, the same is found there."""
+    model = checkpoints.gguf(tmp_path, "smollm3")
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat and the dog ate the food. " * 20)
+    found = []
+    for context in (512, 100_000):
+        done = quietly(model, tmp_path / f"{context}.gguf", text=text, tokens=512, context=context)
+        with GGUFFile(done.path) as file:
+            found.append(np.array(file.metadata[f"{KEY}center"][:]).reshape(5, -1))
+    differences = np.abs(found[0] - found[1]).max(-1) / np.abs(found[0]).max(-1)
+    assert differences[3] < 0.01 and differences[[0, 1, 2, 4]].min() > 0.1
+
+
+def test_attention_that_cannot_be_measured_is_refused(tmp_path):
+    model = checkpoints.gguf(tmp_path, "bloom")
+    with pytest.raises(TurboquantError, match="cannot be measured: it uses ALiBi"):
+        quietly(model, tmp_path / "none.gguf")
+
+
+@pytest.mark.parametrize("types", ["turbo4", "turbo3"])
+def test_a_gain_all_over_the_context(smollm2, calibrated, types):
+    """Of 200 tokens at the beginning, in the middle and at the end, where there was a loss of more than half."""
+    losses = []
+    for path in (smollm2, calibrated):
+        loss = 0.0
+        for position in (0, 4000, 7900):
+            found = []
+            for model, cache in ((smollm2, EXACT), (path, CacheTypes.parse(types))):
+                with Model(model) as loaded, loaded.open(256, cache) as context:
+                    found.append(context.read(PROMPT, position, outputs=len(PROMPT)).copy())
+            loss += compare(*found).kl_mean
+        losses.append(loss)
+    assert losses[1] < 0.95 * losses[0]
+
+
 # ---- a better one ----
 
 
+@pytest.fixture(scope="module")
+def calibrated_for_1024(smollm2, tmp_path_factory) -> Path:
+    """Short contexts gain most if the file is for no longer ones."""
+    return quietly(smollm2, tmp_path_factory.mktemp("calibrated") / "1024.gguf", context=1024).path
+
+
 @pytest.mark.parametrize("types, factor", [("turbo4", 1.3), ("turbo3", 1.5), ("turbo2", 1.5), ("q4_0:f16", 1.3)])
-def test_quantized_keys_lose_less(smollm2, calibrated, types, factor):
+def test_quantized_keys_lose_less(smollm2, calibrated_for_1024, types, factor):
     cache = CacheTypes.parse(types)
     truth = run_gguf(smollm2, PROMPT, EXACT)
-    plain, better = (compare(truth, run_gguf(model, PROMPT, cache)).kl_mean for model in (smollm2, calibrated))
+    plain, better = (compare(truth, run_gguf(model, PROMPT, cache)).kl_mean for model in (smollm2, calibrated_for_1024))
     assert better < plain / factor
 
 
@@ -225,8 +378,8 @@ def test_channels_with_outliers(smollm2_folder, tmp_path):
 
 
 @contextmanager
-def opened(path: Path, types: CacheTypes) -> Iterator[Context]:
-    with Model(path) as model, model.open(512, types) as context:
+def opened(path: Path, types: CacheTypes, length: int = 512) -> Iterator[Context]:
+    with Model(path) as model, model.open(length, types) as context:
         yield context
 
 
@@ -311,17 +464,17 @@ def test_sequences_that_share_a_beginning(calibrated, unified):
         assert compare(expected[None], found[None]).relative_error < 1e-2
 
 
-def saved(path: Path, types: CacheTypes) -> bytes:
-    with opened(path, types) as context:
-        context.read(PROMPT, 0)
+def saved(path: Path, types: CacheTypes, length: int = 512) -> bytes:
+    with opened(path, types, length) as context:
+        context.read([token % context.vocabulary_size for token in PROMPT], 0)
         size = context.bindings.llama_state_seq_get_size(context.handle, 0)
         data = (ctypes.c_uint8 * size)()
         assert context.bindings.llama_state_seq_get_data(context.handle, data, size, 0) == size
         return bytes(data)
 
 
-def restored(path: Path, types: CacheTypes, state: bytes) -> np.ndarray | None:
-    with opened(path, types) as context:
+def restored(path: Path, types: CacheTypes, state: bytes, length: int = 512) -> np.ndarray | None:
+    with opened(path, types, length) as context:
         data = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
         if not context.bindings.llama_state_seq_set_data(context.handle, data, len(state), 0):
             return None
@@ -407,6 +560,13 @@ def test_interruption_leaves_nothing(smollm2, tmp_path, number):
     assert not list(tmp_path.iterdir())
 
 
+def one_value(value: float) -> np.ndarray:
+    """Vectors of 1, but for one channel of layer 1."""
+    vector = np.ones(128, np.float32)
+    vector[70] = value
+    return vector
+
+
 @pytest.mark.parametrize(
     "changes, because",
     [
@@ -418,6 +578,20 @@ def test_interruption_leaves_nothing(smollm2, tmp_path, number):
         ({"scale": np.full(128, -1, np.float32)}, "not positive"),
         ({"center": np.ones(64, np.float32)}, "too short"),
         ({"scale": np.ones(128, np.int32)}, "wrong type"),
+        ({"sizes": np.array([64, -64], np.int32)}, "has -64 channels in layer 1"),
+        ({"sizes": np.array([-(2**31), 64], np.int32)}, "has -2147483648 channels in layer 0"),
+        ({"context": np.array([1024], np.int32)}, "wrong type"),
+        ({"scale": one_value(np.inf)}, "a number that is none in layer 1"),
+        ({"scale": one_value(0)}, "scale of 0 in layer 1, which is not positive"),
+        ({"scale": one_value(1e-45)}, "scale of 1.4013e-45 in layer 1, which is far from 1"),
+        ({"scale": one_value(3e38)}, "scale of 3e+38 in layer 1, which is far from 1"),
+        ({"scale": one_value(1e-5)}, "which is far from 1"),  # the floors of solve allow 1e4 sqrt(head size)
+        ({"scale": one_value(1e5)}, "which is far from 1"),
+        ({"scale": one_value(2)}, "in layer 1 whose scales are 1.0219 in the geometric mean"),
+        ({"scale": np.full(128, 1.01, np.float32)}, "in layer 0 whose scales are 1.01 in the geometric mean"),
+        ({"center": one_value(3e38)}, "centre of 3e+38 in layer 1, beyond all keys"),
+        ({"center": one_value(-66000)}, "centre of -66000 in layer 1"),
+        ({"center": one_value(np.nan)}, "a number that is none in layer 1"),
     ],
 )
 def test_damaged_calibration_is_refused(tmp_path, changes, because):
@@ -427,6 +601,18 @@ def test_damaged_calibration_is_refused(tmp_path, changes, because):
         Model(damaged)
     assert any(part in error.value.details for part in because.split("|")), error.value.details
     assert "calibrate the model again" in error.value.details
+
+
+def test_the_largest_scales_that_can_be_found_are_not_refused(tmp_path):
+    """The worst that the floors of `solve` allow: keys in one channel of each head, queries in another."""
+    moments = Moments(checkpoints.KV_HEADS, checkpoints.HEAD_SIZE)
+    moments.weight += 1
+    moments.keys2[:, 0], moments.queries2[:, 1] = 1e6, 1e6
+    scale = np.tile(moments.solve(centred=False).scale.ravel(), 2).astype(np.float32)
+    assert scale.max() > 100 and scale.min() < 0.01
+    path = random_calibration(checkpoints.gguf(tmp_path, "llama"), tmp_path / "extreme.gguf", scale=scale)
+    with Model(path):
+        pass
 
 
 def test_centre_is_refused_where_it_would_change_the_model(tmp_path):

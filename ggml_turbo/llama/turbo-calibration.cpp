@@ -1,7 +1,6 @@
 #include "llama/turbo-calibration.h"
 
 #include "llama-impl.h"
-#include "llama-io.h"
 #include "llama-model.h"
 
 #include "gguf.h"
@@ -12,6 +11,18 @@
 #include <string>
 
 static const std::string KEY = "turboquant.keys.";
+
+// Files that do not say what they were measured for were measured at positions 0 to 1023. That far again the gain is
+// smaller; at 8192 it has become a loss (docs/calibration.md).
+static const uint32_t CONTEXT_UNSAID = 2048;
+
+// What the floors in calibration.py allow in a head of n channels: variances and squares from 1e-8 to n times their mean,
+// a scale being the fourth root of a ratio of both, and 1 in the geometric mean.
+static float largest_scale(uint32_t n) {
+    return 1e4f*sqrtf(n);
+}
+
+static const float LARGEST_KEY = 65504.0f; // a model with larger ones does not run with the usual cache of f16
 
 // Thrown as one sentence: what is wrong, and what to do.
 static std::runtime_error refusal(const std::string & what) {
@@ -66,6 +77,31 @@ static bool is_supported(const llama_model & model) {
     }
 }
 
+// Throws if the vectors of a layer cannot come from calibration.py.
+static void check_values(const llama_turbo_calibration::layer & layer, size_t il, size_t n_embd_head) {
+    const float largest = largest_scale(n_embd_head);
+    double log_sum = 0.0;
+    for (size_t i = 0; i < layer.scale.size(); ++i) {
+        const float scale = layer.scale[i];
+        if (!std::isfinite(scale) || (!layer.center.empty() && !std::isfinite(layer.center[i]))) {
+            throw refusal(format("holds a number that is none in layer %zu", il));
+        }
+        if (scale < 1.0f/largest || scale > largest) {
+            throw refusal(format("has a scale of %g in layer %zu, which is %s", scale, il, scale > 0.0f ? "far from 1" : "not positive"));
+        }
+        if (!layer.center.empty() && std::abs(layer.center[i]) > LARGEST_KEY) {
+            throw refusal(format("has a centre of %g in layer %zu, beyond all keys", layer.center[i], il));
+        }
+        log_sum += std::log(scale);
+        if ((i + 1) % n_embd_head == 0) {
+            if (std::abs(log_sum/n_embd_head) > 1e-3) { // float32 rounds to 1e-7
+                throw refusal(format("has a head in layer %zu whose scales are %g in the geometric mean, not 1", il, std::exp(log_sum/n_embd_head)));
+            }
+            log_sum = 0.0;
+        }
+    }
+}
+
 std::shared_ptr<const llama_turbo_calibration> llama_turbo_calibration::load(const gguf_context * metadata, const llama_model & model) {
     const int64_t version = gguf_find_key(metadata, (KEY + "version").c_str());
     if (version < 0) {
@@ -89,12 +125,17 @@ std::shared_ptr<const llama_turbo_calibration> llama_turbo_calibration::load(con
     }
 
     auto result = std::make_shared<llama_turbo_calibration>();
+    const int64_t context = gguf_find_key(metadata, (KEY + "context").c_str());
+    if (context >= 0 && gguf_get_kv_type(metadata, context) != GGUF_TYPE_UINT32) {
+        throw refusal("has a " + KEY + "context of the wrong type");
+    }
+    result->context = context >= 0 ? gguf_get_val_u32(metadata, context) : CONTEXT_UNSAID;
     size_t begin = 0;
     for (size_t il = 0; il < sizes.size(); ++il) {
-        const size_t size = sizes[il];
-        if (size != 0 && size != hparams.n_embd_k_gqa(il)) {
-            throw refusal(format("has %zu channels in layer %zu, and the model %u", size, il, hparams.n_embd_k_gqa(il)));
+        if (sizes[il] < 0 || (sizes[il] != 0 && (uint32_t) sizes[il] != hparams.n_embd_k_gqa(il))) {
+            throw refusal(format("has %d channels in layer %zu, and the model %u", sizes[il], il, hparams.n_embd_k_gqa(il)));
         }
+        const size_t size = sizes[il];
         if (begin + size > scales.size() || (!centers.empty() && centers.size() != scales.size())) {
             throw refusal("is too short");
         }
@@ -103,11 +144,7 @@ std::shared_ptr<const llama_turbo_calibration> llama_turbo_calibration::load(con
         if (!centers.empty()) {
             made.center.assign(centers.begin() + begin, centers.begin() + begin + size);
         }
-        for (size_t i = 0; i < size; ++i) {
-            if (!(made.scale[i] > 0.0f) || !std::isfinite(made.scale[i]) || (!made.center.empty() && !std::isfinite(made.center[i]))) {
-                throw refusal("holds a number that is none, or a scale that is not positive");
-            }
-        }
+        check_values(made, il, hparams.n_embd_head_k(il));
         result->layers.push_back(std::move(made));
         begin += size;
     }
@@ -122,11 +159,37 @@ std::shared_ptr<const llama_turbo_calibration> llama_turbo_calibration::load(con
     return result;
 }
 
+static thread_local struct {
+    uint32_t n_ctx = 0; // 0: not known
+    bool     warned;    // a model with sliding windows has two caches
+} making;
+
+llama_turbo_context::llama_turbo_context(uint32_t n_ctx) {
+    making = { n_ctx, false };
+}
+
+llama_turbo_context::~llama_turbo_context() {
+    making.n_ctx = 0;
+}
+
+// Whether the context that is being made is longer than the calibration is good for.
+static bool is_too_long(const llama_turbo_calibration & calibration) {
+    if (making.n_ctx <= GGML_PAD((uint64_t) calibration.context, 256)) { // as contexts are
+        return false;
+    }
+    if (!making.warned) {
+        LLAMA_LOG_WARN("llama_kv_cache: keys are not calibrated: the calibration in the file is for contexts of up to %u tokens, and this one "
+            "has %u; turboquant-gguf calibrate --context %u makes one for it\n", calibration.context, making.n_ctx, making.n_ctx);
+        making.warned = true;
+    }
+    return true;
+}
+
 std::shared_ptr<llama_turbo_keys> llama_turbo_keys::make(const llama_model & model, ggml_type type_k, const std::map<uint32_t, place> & places) {
     const auto & calibration = model.turbo_calibration;
     const char * env = getenv("LLAMA_TURBO_CALIBRATION");
     const std::string asked = env ? env : "";
-    if (!calibration || asked == "0" || (!ggml_is_quantized(type_k) && asked != "force")) {
+    if (!calibration || asked == "0" || (asked != "force" && (!ggml_is_quantized(type_k) || is_too_long(*calibration)))) {
         return nullptr;
     }
 
@@ -198,27 +261,4 @@ ggml_tensor * llama_turbo_keys::undo_k(ggml_context * ctx, ggml_tensor * k, int3
     }
     k = ggml_div(ctx, k, it->second.scale);
     return it->second.center ? ggml_add(ctx, k, it->second.center) : k;
-}
-
-static const uint32_t MARKED = 0x6d627274; // no v_trans, which is 0 or 1
-
-void llama_turbo_write_mark(llama_io_write_i & io, uint64_t mark) {
-    if (mark != 0) {
-        io.write(&MARKED, sizeof(MARKED));
-        io.write(&mark, sizeof(mark));
-    }
-}
-
-bool llama_turbo_read_mark(llama_io_read_i & io, uint64_t mark, uint32_t & v_trans) {
-    uint64_t found = 0;
-    if (v_trans == MARKED) {
-        io.read(&found, sizeof(found));
-        io.read(&v_trans, sizeof(v_trans));
-    }
-    if (found != mark) {
-        LLAMA_LOG_ERROR("%s: this state was saved by a model whose keys are calibrated otherwise, or whose values are rotated otherwise "
-            "(%016llx, not %016llx): evaluate its tokens again\n", __func__, (unsigned long long) found, (unsigned long long) mark);
-        return false;
-    }
-    return true;
 }

@@ -20,8 +20,6 @@
 
 struct gguf_context;
 struct llama_model;
-class  llama_io_write_i;
-class  llama_io_read_i;
 
 // What a file says. Immutable; shared by the model and its caches.
 struct llama_turbo_calibration {
@@ -31,11 +29,20 @@ struct llama_turbo_calibration {
     };
 
     std::vector<layer> layers;
-    uint64_t           hash = 0; // of all of it; odd
+    uint64_t           hash    = 0; // of the vectors; odd
+    uint32_t           context = 0; // the longest it is good for, in tokens
 
     // From the metadata of a model; null if there is none. Throws if it is damaged, of a version that this build does not
     // know, or not of this model.
     static std::shared_ptr<const llama_turbo_calibration> load(const gguf_context * metadata, const llama_model & model);
+};
+
+// While one lives, the caches that its thread makes are of a context of n_ctx tokens a sequence. A cache alone cannot tell:
+// that of a sliding window has fewer cells than its keys have positions.
+class llama_turbo_context {
+public:
+    explicit llama_turbo_context(uint32_t n_ctx);
+    ~llama_turbo_context();
 };
 
 // The vectors of a cache's layers, on the devices where those layers are.
@@ -47,8 +54,9 @@ public:
         ggml_backend_buffer_type_t buft;
     };
 
-    // Null if the model is not calibrated or keys of type_k are stored as they are. LLAMA_TURBO_CALIBRATION=0 turns it
-    // off; LLAMA_TURBO_CALIBRATION=force on for every type, which loses nothing and tests the arithmetic.
+    // Null if the model is not calibrated, keys of type_k are stored as they are, or the context is longer than what the
+    // calibration was measured for, of which the log then warns. LLAMA_TURBO_CALIBRATION=0 turns it off;
+    // LLAMA_TURBO_CALIBRATION=force on for every type and length, which loses nothing and tests the arithmetic.
     static std::shared_ptr<llama_turbo_keys> make(const llama_model & model, ggml_type type_k, const std::map<uint32_t, place> & places);
 
     uint64_t hash() const { return calibration->hash; }
@@ -69,16 +77,3 @@ private:
     std::map<int32_t, layer>                       layers;
     std::map<ggml_backend_buffer_type_t, std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> bufs;
 };
-
-// q and k as they will be rotated, stored and multiplied; k may be null. keys: null if there is nothing to do.
-static inline void llama_turbo_calibrate(ggml_context * ctx, const llama_turbo_keys * keys, ggml_tensor *& q, ggml_tensor *& k, int32_t il) {
-    if (keys) {
-        q = keys->apply_q(ctx, q, il);
-        k = k ? keys->apply_k(ctx, k, il) : nullptr;
-    }
-}
-
-// A saved state carries a mark of what its keys and values were transformed by; 0: nothing, and then nothing is written.
-// The mark stands before v_trans, which a reader has just read.
-void llama_turbo_write_mark(llama_io_write_i & io, uint64_t mark);
-bool llama_turbo_read_mark (llama_io_read_i  & io, uint64_t mark, uint32_t & v_trans); // false: another one

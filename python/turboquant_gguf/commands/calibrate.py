@@ -19,11 +19,12 @@ Examples:
   turboquant-gguf calibrate model.gguf
   turboquant-gguf calibrate model.gguf -o better.gguf --text my-domain.txt
   turboquant-gguf calibrate model.gguf --in-place
+  turboquant-gguf calibrate model.gguf --context 16384
   llama-server -m model-calibrated.gguf -ctk turbo3 -ctv turbo3
 """
 
 
-@click.command(epilog=EPILOG, short_help="Make a model's quantized key caches several times as exact.")
+@click.command(epilog=EPILOG, short_help="Make a model's quantized key caches more exact.")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option(
     "-o",
@@ -41,10 +42,17 @@ Examples:
 )
 @click.option(
     "--tokens",
-    type=click.IntRange(min=library.WINDOW // 4),
+    type=click.IntRange(min=library.MIN_TOKENS),
     default=library.DEFAULT_TOKENS,
     show_default=True,
     help="How much of it to read.",
+)
+@click.option(
+    "--context",
+    type=click.IntRange(min=library.MIN_TOKENS, max=library.MAX_CONTEXT),
+    metavar="N",
+    help="The longest context that it is for, in tokens; short ones gain more if it is no longer than needed "
+    "[default: what MODEL was trained for]",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Which parts of a longer text.")
 @options.threads
@@ -56,6 +64,7 @@ def calibrate(
     in_place: bool,
     text: Path | None,
     tokens: int,
+    context: int | None,
     seed: int,
     threads: int | None,
     force: bool,
@@ -64,8 +73,9 @@ def calibrate(
     """Measure how MODEL (a GGUF) uses its keys, and write that into a copy of it.
 
     With it, a quantized key cache stores each key minus a constant and scaled channel by channel, and queries make up
-    for it: the same model, but the cache loses several times less. It serves all quantized key types, q8_0 and q4_0 as
-    well. The model runs over a text twice, on the CPU. Stock llama.cpp runs the file as before.
+    for it: the same model, but the cache loses less. It serves all quantized key types, q8_0 and q4_0 as
+    well. The model runs over a text twice, on the CPU, at positions all over the context. Stock llama.cpp runs the file
+    as before. In a context longer than --context the keys are not calibrated, and the log says so.
     """
     if in_place and output:
         raise click.UsageError("Give either -o or --in-place.")
@@ -76,6 +86,7 @@ def calibrate(
         in_place=in_place,
         text=text,
         tokens=tokens,
+        context=context,
         seed=seed,
         threads=threads,
         force=force,
@@ -87,7 +98,7 @@ def calibrate(
     if done.reason:
         console.print(f"Scaled, not centred: {done.reason}.", highlight=False)
     messages.say(
-        f"{escape(str(done.path))}: keys of {done.layers} layers, from {done.tokens} tokens; expected squared error of "
-        f"the scores {1 / done.error:.1f} times smaller",
+        f"{escape(str(done.path))}: keys of {done.layers} layers, from {done.tokens} tokens, for contexts of up to "
+        f"{done.context}; expected squared error of the scores {1 / done.error:.1f} times smaller",
         console,
     )
