@@ -1,0 +1,535 @@
+"""All that programs do with the sequences of a context, and a worker that does it with one model.
+
+    python operations.py KIND MODEL [LIKE]
+
+reads requests, a JSON object a line, and answers each with one. A crash ends the worker, not who asks. LIKE: a model that
+computes the same without what makes caches of MODEL inexact.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Self
+
+import gguf
+import numpy as np
+
+import turboquant_gguf
+from memory_kinds import KINDS, VOCABULARY, Kind
+from sequences import RefusedError, Sequences
+from turboquant_gguf.cachetypes import CacheTypes
+from turboquant_gguf.logits import Model
+from turboquant_gguf.verify import compare
+
+TEXT = [int(token) for token in np.random.default_rng(1).integers(3, len(VOCABULARY) - 1, 400)]
+F16, STOCK = CacheTypes("f16", "f16"), CacheTypes("q4_0", "q4_0")
+SEQUENCES = 8
+
+MORE_THAN_STOCK = 2.0
+"""How much farther from f16 a type may be than q4_0, for its mean squared error. KL divergence grows with the square of the
+errors, which the same model turns into the same divergence; a half more was the most seen with q8_0, q5_0 and q4_0."""
+
+DISTURBED = 1.5
+"""How much farther from f16 an operation may lead than the same model and type without it: other tokens, other chance."""
+
+STORED_AGAIN = 3.0
+"""The same where keys are quantized a second time, which doubles their squared error."""
+
+UNDISTURBED = 0.02
+"""The divergence from the same cache without the operation, in the divergence of both from f16: what other orders of sums
+lead to, where nothing may be lost."""
+
+ROUNDING = 1e-6
+"""KL divergence of logits that are the same but for float32's rounding."""
+
+
+class Heap:
+    """Overwrites what was freed, as other work of a server does: a stale pointer finds garbage."""
+
+    def __init__(self) -> None:
+        self._libc = ctypes.CDLL(None)
+        self._libc.malloc.restype, self._libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+        self._libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+        self._libc.free.argtypes = [ctypes.c_void_p]
+        self._byte = 0
+
+    @contextlib.contextmanager
+    def overwritten(self) -> Iterator[None]:
+        """For the length of the block."""
+        self._byte ^= 0xA5
+        taken = [(self._libc.malloc(size), size) for size in range(24, 1500, 16) for _ in range(3)]
+        for place, size in taken:
+            self._libc.memset(place, self._byte, size)
+        yield
+        for place, _ in taken:
+            self._libc.free(place)
+
+
+class Cache(Sequences):
+    """A context of a kind of memory. asked: what it said when it was asked for what not every memory can do."""
+
+    heap = Heap()
+
+    def __init__(self, kind: Kind, path: Path, types: CacheTypes, **options: object) -> None:
+        self._again = lambda: Cache(kind, path, types, **options)
+        self._kind = kind
+        self.asked: list[object] = []
+        defaults = dict(n_ubatch=128 if kind.reads == "whole" else 64, n_threads=1, n_threads_batch=1, swa_full=kind.swa_full, sequences=SEQUENCES)
+        embeddings = dict(embeddings=True, pooling_type=0) if kind.architecture == "bert" else {}
+        super().__init__(path, types, **defaults | embeddings | options)
+        if kind.reads == "texts":
+            assert self.encode(TEXT[300:340]) == 0
+
+    def another(self) -> Self:
+        """A new context like this one."""
+        return self._again()
+
+    def ask(self, answer: object) -> object:
+        self.asked.append(answer)
+        return answer
+
+    def logits(self, count: int) -> np.ndarray:
+        if self._kind.architecture != "bert":
+            return super().logits(count)
+        width = self.llama.llama_model_n_embd(self._model.handle)
+        return np.ctypeslib.as_array(self.llama.llama_get_embeddings(self.context), (count, width)).copy()
+
+    def _batch(self, *arguments: object, **options: object) -> int:
+        with self.heap.overwritten():
+            return super()._batch(*arguments, **options)
+
+    def rest(self, first: int = 120, sequence: int = 0) -> np.ndarray:
+        """Token by token, what follows a text of 120 tokens."""
+        return self.answer(TEXT[120:144], first, sequence)
+
+
+# ---- the operations: each returns the logits that tell whether it went right ----
+
+
+def undisturbed(cache: Cache) -> np.ndarray:
+    cache.prompt(TEXT[:120])
+    return cache.rest()
+
+
+def batch(cache: Cache) -> np.ndarray:
+    return cache.prompt(TEXT[:120])[60:]
+
+
+def token_by_token(cache: Cache) -> np.ndarray:
+    return cache.answer(TEXT[:120], 0)[60:]
+
+
+def batches_of_all_sizes(cache: Cache) -> np.ndarray:
+    found, first = [], 0
+    for size in (50, 1, 1, 7, 1, 30, 2, 28, 1, 1):
+        found.append(cache.prompt(TEXT[first : first + size], first=first))
+        first += size
+    return np.concatenate(found)[60:]
+
+
+def context_shift(cache: Cache) -> np.ndarray:
+    cache.prompt(TEXT[:120])
+    if not (cache.ask(cache.can_shift) and cache.ask(cache.try_to_remove(0, 4, 44))):
+        return cache.rest()
+    cache.add(0, 44, -1, -40)
+    return cache.rest(80)
+
+
+def self_extend(cache: Cache) -> np.ndarray:
+    """Group attention: positions of what is behind a window are divided, window by window."""
+    cache.prompt(TEXT[:120])
+    if not cache.ask(cache.can_shift):
+        return cache.rest()
+    group, window, begin, past = 2, 32, 0, 120
+    while past >= begin + window:
+        moved = group * begin // window * (window // group) * (group - 1)
+        cache.add(0, begin, past, moved)
+        cache.divide(0, begin + moved, begin + moved + window, group)
+        cache.add(0, begin + moved + window, past + moved, window // group - moved - window)
+        past -= window // group
+        begin += window // group
+    return cache.rest(past)
+
+
+def saved_and_restored(cache: Cache) -> np.ndarray:
+    cache.prompt(TEXT[:120])
+    state = cache.saved(0)
+    cache.answer(TEXT[200:210], 120)
+    cache.remove(0, -1, -1)
+    cache.prompt(TEXT[200:260])
+    cache.remove(0, -1, -1)
+    cache.restore(state, 0)
+    return cache.rest()
+
+
+def saved_into_another(cache: Cache) -> np.ndarray:
+    cache.prompt(TEXT[:120])
+    state = cache.saved(0)
+    with cache.another() as other:
+        other.prompt(TEXT[200:280], 1)
+        other.restore(state, 2)
+        return other.rest(sequence=2)
+
+
+def whole_state(cache: Cache) -> np.ndarray:
+    cache.prompt(TEXT[:120])
+    cache.prompt(TEXT[200:260], 1)
+    with cache.another() as other:
+        other.restore_whole(cache.saved_whole())
+        return other.rest()
+
+
+def restored_while_another_goes_on(cache: Cache) -> np.ndarray:
+    return _beside(cache, restore=True)
+
+
+def never_restored(cache: Cache) -> np.ndarray:
+    return _beside(cache, restore=False)
+
+
+def _beside(cache: Cache, *, restore: bool) -> np.ndarray:
+    cache.prompt(TEXT[:120])
+    cache.prompt(TEXT[200:260], 1)
+    state, found = cache.saved(1), []
+    for i, token in enumerate(TEXT[120:144]):
+        if restore and i % 8 == 0:
+            cache.remove(1, -1, -1)
+            cache.restore(state, 1)
+        found.append(cache.read((token, 120 + i, 0)))
+    return np.concatenate(found)
+
+
+def restored_to_a_checkpoint(cache: Cache) -> np.ndarray:
+    """As llama-server goes back where a part of a sequence cannot be removed."""
+    cache.prompt(TEXT[:120])
+    partial = cache.llama.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
+    state = cache.saved(0, partial)
+    cache.answer(TEXT[200:210], 120)
+    cache.restore(state, 0, partial)
+    cache.ask(cache.try_to_remove(0, 120, -1))
+    return cache.rest()
+
+
+def copied(cache: Cache) -> np.ndarray:
+    cache.prompt(TEXT[:120])
+    cache.prompt(TEXT[200:230], 1)
+    cache.remove(1, -1, -1)
+    cache.copy(0, 1)
+    cache.remove(0, -1, -1)
+    return cache.rest(sequence=1)
+
+
+def copied_and_both_go_on(cache: Cache) -> np.ndarray:
+    cache.prompt(TEXT[:120])
+    cache.copy(0, 3)
+    return np.concatenate([cache.read((TEXT[120 + i], 120 + i, 0), (TEXT[160 + i], 120 + i, 3)) for i in range(12)])
+
+
+def rejected_drafts(cache: Cache, length: int = 16) -> np.ndarray:
+    cache.prompt(TEXT[:120])
+    found, first = [], 120
+    for token in TEXT[120:132]:
+        found.append(cache.prompt([token, *TEXT[200 : 200 + length]], first=first)[:1])
+        removed = cache.ask(cache.try_to_remove(0, first + 1, -1))
+        first += 1 if removed else 1 + length
+    return np.concatenate(found)
+
+
+def rejected_long_drafts(cache: Cache) -> np.ndarray:
+    """As long as the ngram modes of llama-server draft."""
+    return rejected_drafts(cache, 63)
+
+
+def first_half_of_the_rest(cache: Cache) -> np.ndarray:
+    return undisturbed(cache)[:12]
+
+
+def removed_in_the_middle(cache: Cache) -> np.ndarray:
+    cache.prompt(TEXT[:120])
+    cache.ask(cache.try_to_remove(0, 70, 90))
+    return cache.rest()
+
+
+def prefix_kept(cache: Cache) -> np.ndarray:
+    cache.prompt(TEXT[:120])
+    if not cache.ask(cache.try_to_remove(0, 60, -1)):
+        return cache.rest()
+    cache.prompt(TEXT[200:240], first=60)
+    return cache.rest(100)
+
+
+def chunks_used_again(cache: Cache) -> np.ndarray:
+    """llama-server's --cache-reuse."""
+    cache.prompt(TEXT[:120])
+    if not (cache.ask(cache.can_shift) and cache.ask(cache.try_to_remove(0, 20, 50))):
+        return cache.rest()
+    cache.add(0, 50, 90, -30)
+    cache.ask(cache.try_to_remove(0, 60, -1))
+    cache.prompt(TEXT[200:240], first=60)
+    return cache.rest(100)
+
+
+def full(cache: Cache) -> np.ndarray:
+    """No cell is left; a part is dropped, the rest moves up if it can, and what comes takes the cells of what was dropped."""
+    length, step = cache.length, 64
+    for first in range(0, length, step):
+        entries = ((TEXT[(first + i) % 397], first + i, 0) for i in range(step))
+        cache.ask(cache.decode(*entries))
+    cache.ask(cache.decode((7, length, 0)))
+    half = length // 2
+    if not cache.ask(cache.try_to_remove(0, 4, half)):
+        cache.remove(0, -1, -1)
+        return undisturbed(cache)
+    if cache.ask(cache.can_shift):
+        cache.add(0, half, -1, 4 - half)
+        length += 4 - half
+    cache.prompt(TEXT[:60], first=length)
+    return cache.rest(length + 60)
+
+
+def emptied(cache: Cache) -> np.ndarray:
+    cache.prompt(TEXT[200:300])
+    cache.prompt(TEXT[200:300], 1)
+    cache.clear()
+    return undisturbed(cache)
+
+
+def one_kept(cache: Cache) -> np.ndarray:
+    for sequence in range(3):
+        cache.prompt(TEXT[:120] if sequence == 1 else TEXT[200:280], sequence)
+    cache.keep(1)
+    return cache.rest(sequence=1)
+
+
+def embeddings_alone(cache: Cache) -> np.ndarray:
+    """Batches without tokens, as of images, and without outputs."""
+    rows = cache.embeddings[TEXT[:120]]
+    for first in range(0, 120, 40):
+        entries = ((0, first + i, 0) for i in range(40))
+        cache.ask(cache.decode(*entries, embeddings=rows[first : first + 40], outputs=False))
+    return cache.rest()
+
+
+def image_between_texts(cache: Cache) -> np.ndarray:
+    """Tokens of an image see each other in both directions."""
+    cache.prompt(TEXT[:60])
+    cache.llama.llama_set_causal_attn(cache.context, False)
+    rows = cache.embeddings[TEXT[60:100]]
+    cache.ask(cache.decode(*((0, 60 + i, 0) for i in range(40)), embeddings=rows, outputs=False))
+    cache.llama.llama_set_causal_attn(cache.context, True)
+    cache.prompt(TEXT[100:120], first=100)
+    return cache.rest()
+
+
+def tokens_of_several_sequences(cache: Cache) -> np.ndarray:
+    """A beginning that is read once for three of them."""
+    entries = ((token, i, [0, 1, 2]) for i, token in enumerate(TEXT[:80]))
+    if cache.ask(cache.decode(*entries)) != 0:
+        return undisturbed(cache)
+    return np.concatenate(
+        [cache.read(*((TEXT[80 + 40 * sequence + i], 80 + i, sequence) for sequence in range(3))) for i in range(30)]
+    )
+
+
+def far_position(cache: Cache) -> np.ndarray:
+    """Past where the chunks of Llama 4 change."""
+    cache.prompt(TEXT[:120], first=8130)
+    return cache.rest(8250)
+
+
+def interleaved(cache: Cache, sequences: int = 8, length: int = 90) -> np.ndarray:
+    """Some take part, some wait."""
+    entries = [(TEXT[(7 * sequence + i) % 397], i, sequence) for i in range(length) for sequence in range(sequences)]
+    for first in range(0, len(entries), 128):
+        assert cache.decode(*entries[first : first + 128]) == 0
+    lengths, found = [length] * sequences, []
+    for i in range(6):
+        taking_part = [sequence for sequence in range(sequences) if sequences == 1 or (sequence + i) % 3]
+        for first in range(0, len(taking_part), 128):
+            some = taking_part[first : first + 128]
+            found.append(cache.read(*((TEXT[sequence + i], lengths[sequence], sequence) for sequence in some)))
+        for sequence in taking_part:
+            lengths[sequence] += 1
+    return np.concatenate(found)[-100:]
+
+
+def one_sequence(cache: Cache) -> np.ndarray:
+    return interleaved(cache, 1)
+
+
+def many_sequences(cache: Cache) -> np.ndarray:
+    return interleaved(cache, 256, 5)
+
+
+def texts_at_once(cache: Cache) -> np.ndarray:
+    """Without a cache: several texts in one batch."""
+    sequences = len(TEXT[:8])
+    return cache.read(*((TEXT[sequence + i], i, sequence) for sequence in range(sequences) for i in range(8)))
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What is done, and what it is measured by.
+
+    like: what has the same tokens in the cache without it, so that nothing may be lost. whole_window: the recent window
+    is as good as without the operation. bound: how much farther from f16 it may lead. options: of the context.
+    """
+
+    act: Callable[[Cache], np.ndarray]
+    like: Callable[[Cache], np.ndarray] | None = None
+    whole_window: bool = True
+    bound: float = DISTURBED
+    options: dict[str, object] = field(default_factory=dict)
+    without_cache: bool = False
+
+
+OPERATIONS = {
+    "batch": Operation(batch, without_cache=True),
+    "token by token": Operation(token_by_token),
+    "batches of all sizes": Operation(batches_of_all_sizes),
+    "context shift": Operation(context_shift, whole_window=False, bound=STORED_AGAIN),
+    "self-extend": Operation(self_extend, whole_window=False, bound=2 * STORED_AGAIN),  # stored up to four times
+    "saved and restored": Operation(saved_and_restored, undisturbed),
+    "saved into another context": Operation(saved_into_another, undisturbed),
+    "whole state": Operation(whole_state, undisturbed),
+    "restored while another goes on": Operation(restored_while_another_goes_on, never_restored),
+    "restored to a checkpoint": Operation(restored_to_a_checkpoint, undisturbed, options=dict(n_rs_seq=16)),
+    "copied": Operation(copied, undisturbed),
+    "copied, both go on": Operation(copied_and_both_go_on),
+    "rejected drafts": Operation(rejected_drafts, first_half_of_the_rest, options=dict(n_rs_seq=16)),
+    "rejected long drafts": Operation(rejected_long_drafts, first_half_of_the_rest, options=dict(n_rs_seq=63)),
+    "removed in the middle": Operation(removed_in_the_middle),
+    "prefix kept": Operation(prefix_kept, whole_window=False),
+    "chunks used again": Operation(chunks_used_again, whole_window=False, bound=STORED_AGAIN),
+    "full": Operation(full, whole_window=False, bound=STORED_AGAIN, options=dict(sequences=2)),
+    "emptied": Operation(emptied, undisturbed),
+    "one kept": Operation(one_kept, undisturbed),
+    "embeddings": Operation(embeddings_alone, undisturbed),
+    "image between texts": Operation(image_between_texts),
+    "tokens of several sequences": Operation(tokens_of_several_sequences, whole_window=False),
+    "far position": Operation(far_position),
+    "1 sequence": Operation(one_sequence, options=dict(sequences=1)),
+    "8 sequences": Operation(interleaved),
+    "256 sequences": Operation(many_sequences, options=dict(sequences=256)),
+    "flash attention auto": Operation(undisturbed, options=dict(flash="auto"), without_cache=True),
+    "flash attention off": Operation(undisturbed, options=dict(flash="disabled"), without_cache=True),
+    "texts at once": Operation(texts_at_once, without_cache=True),
+}
+
+
+class Worker:
+    """A model, and what was found with it so far."""
+
+    def __init__(self, kind: Kind, path: Path, like: Path | None) -> None:
+        self._kind, self._path, self._like = kind, path, like
+
+    @cached_property
+    def _models(self) -> dict[Path, Model]:
+        return {path: Model(path) for path in (self._path, self._like) if path}
+
+    @cache
+    def _rows(
+        self, path: Path, act: Callable, types: CacheTypes, window: int | None, unified: bool, options: tuple
+    ) -> tuple[np.ndarray, list]:
+        """Logits, and what the memory said."""
+        given = dict(model=self._models[path], window=window, unified=unified, **dict(options))
+        with Cache(self._kind, path, types, **given) as cache:
+            return act(cache), cache.asked
+
+    @cache
+    def _error(self, types: CacheTypes, window: int | None, unified: bool) -> float:
+        """KL divergence from f16 where nothing happens. Batches and single tokens: 144 rows."""
+        path, whole = self._like or self._path, self._kind.reads == "whole"
+        act = batch if whole else all_of_it
+        exact, found = (self._rows(path, act, kind, window, unified, ())[0] for kind in (F16, types))
+        return compare(exact, found).kl_mean
+
+    def cell(self, operation: str, types: str, window: int | None, unified: bool) -> dict:
+        """Run an operation with f16 and with `types`."""
+        what, pair = OPERATIONS[operation], CacheTypes(*types.split(":")) if ":" in types else CacheTypes(types, types)
+        options = tuple(what.options.items())
+        report(during="f16")
+        exact, said = self._rows(self._path, what.act, F16, 0, unified, options)
+        report(during=types)
+        try:
+            found, also = self._rows(self._path, what.act, pair, window, unified, options)
+        except RefusedError as error:
+            return dict(refused=str(error))
+        report(during=f"{types} without the operation")
+        answer = dict(asked=also, asked_of_f16=said, rows=len(found), finite=bool(np.isfinite(found).all()))
+        if not answer["finite"]:
+            return answer
+        answer["kl"] = compare(exact, found).kl_mean
+        answer["bound"] = ROUNDING + self._bound(what, pair, window, unified)
+        if what.like and said == also and False not in said:
+            before = self._rows(self._path, what.like, pair, window, unified, options)[0]
+            answer["lost"] = compare(before, found).kl_mean
+            answer["may_lose"] = ROUNDING + UNDISTURBED * self._error(pair, 0, unified)
+        return answer
+
+    def _bound(self, what: Operation, types: CacheTypes, window: int | None, unified: bool) -> float:
+        absolute = MORE_THAN_STOCK * relative_error(types) * self._error(STOCK, 0, unified)
+        if what.act in (batch, token_by_token, batches_of_all_sizes):
+            return absolute
+        return what.bound * min(absolute, self._error(types, window if what.whole_window else 0, unified))
+
+    def memory(self, types: str, sequences: int, length: int, unified: bool) -> dict:
+        """Bytes that a context keeps, as llama.cpp logs them: of f16, and of `types`."""
+        pair = CacheTypes(*types.split(":")) if ":" in types else CacheTypes(types, types)
+        found = []
+        for kind in (F16, pair):
+            given = dict(model=self._models[self._path], window=None, sequences=sequences, length=length, unified=unified)
+            with Cache(self._kind, self._path, kind, **given) as cache:
+                found.append(logged_size(cache.log))
+        return dict(f16=found[0], turbo=found[1])
+
+
+def all_of_it(cache: Cache) -> np.ndarray:
+    return np.concatenate([cache.prompt(TEXT[:120]), cache.rest()])[60:]
+
+
+def logged_size(log: str) -> float:
+    """MiB of all caches, states and windows."""
+    sizes = re.findall(r"(?:\bsize = +| in f16, )([\d.]+) MiB(?! \(context|.*buffer)", log)
+    return sum(map(float, sizes))
+
+
+@cache
+def relative_error(types: CacheTypes) -> float:
+    """The mean squared error of the worse of both types on normal numbers, in that of q4_0."""
+    return max(_squared_error(types.k), _squared_error(types.v)) / _squared_error("q4_0")
+
+
+@cache
+def _squared_error(name: str) -> float:
+    x = np.random.default_rng(0).standard_normal((256, 256)).astype(np.float32)
+    if name in {kind.name for kind in turboquant_gguf.types()}:
+        y = turboquant_gguf.dequantize(turboquant_gguf.quantize(x, name), name)
+    else:
+        kind = gguf.GGMLQuantizationType[name.upper()]
+        y = gguf.dequantize(gguf.quantize(x, kind), kind)
+    return float(((x - y) ** 2).mean())
+
+
+def report(**what: object) -> None:
+    print(json.dumps(what), flush=True)
+
+
+def main() -> None:
+    name, path, *like = sys.argv[1:]
+    worker = Worker(KINDS[name], Path(path), Path(like[0]) if like else None)
+    for line in sys.stdin:
+        request = json.loads(line)
+        report(answer=getattr(worker, request.pop("do"))(**request))
+
+
+if __name__ == "__main__":
+    main()
