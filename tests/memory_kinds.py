@@ -26,13 +26,15 @@ WINDOW = 40
 class Kind:
     """A model.
 
-    architecture: as GGUF calls it. keys: metadata of its own, beside _COMMON. scale: factors of weights, by the last part
-    of their name. swa_full: contexts keep all tokens of sliding windows. reads: "tokens"; "texts": an encoder reads a text
-    that the decoder looks at; "whole": there is no cache, each batch is a text of its own.
+    architecture: as GGUF calls it. keys: metadata of its own, beside _COMMON. factors: of weights, by the part of their name
+    that says what they are. latent_outliers: the same model as without, whose latent vectors have a few large channels.
+    swa_full: contexts keep all tokens of sliding windows. reads: "tokens"; "texts": an encoder reads a text that the decoder
+    looks at; "whole": there is no cache, each batch is a text of its own.
     """
 
     architecture: str
     keys: dict[str, object] = field(default_factory=dict)
+    factors: dict[str, float] = field(default_factory=dict)
     latent_outliers: bool = False
     swa_full: bool = False
     reads: str = "tokens"
@@ -136,6 +138,7 @@ KINDS = {
         _SLIDING
         | {"block_count": 6, "attention.sliding_window_pattern": [True, True, True, False, True, False]}
         | {"attention.shared_kv_layers": 2, "embedding_length_per_layer_input": 0, "rope.dimension_count_swa": HEAD_SIZE},
+        factors={"attn_q_norm": HEAD_SIZE**-0.5},  # scores have no factor of their own
     ),
     "hybrid, linear attention": Kind("qwen35", _LINEAR_ATTENTION),
     "hybrid, both in each layer": Kind("falcon-h1", _STATE_SPACE),
@@ -175,9 +178,9 @@ KINDS = {
     "compressed": Kind(
         "deepseek4",
         _EXPERTS | _INDEXER | _HYPER
-        | {"block_count": 4, "attention.head_count": 8, "attention.head_count_kv": 1, "embedding_length": 512}
+        | {"block_count": 4, "attention.head_count": 4, "attention.head_count_kv": 1}
         | {"attention.q_lora_rank": 64, "rope.dimension_count": 32, "attention.sliding_window": WINDOW}
-        | {"attention.output_group_count": 8, "attention.output_lora_rank": 32, "attention.compress_rope_freq_base": 160000.0}
+        | {"attention.output_group_count": 4, "attention.output_lora_rank": 32, "attention.compress_rope_freq_base": 160000.0}
         | {"attention.compress_ratios": [0, 0, 4, 128], "hash_layer_count": 0, "swiglu_clamp_exp": 10.0, "expert_gating_func": 4},
     ),
     "blocks that are picked": Kind("minimax-m3", _EXPERTS | _INDEXER | {"attention.indexer.head_count": 2, "attention.indexer.top_k": 16}),
@@ -280,6 +283,7 @@ def _weights(kind: Kind, name: str, shape: tuple[int, ...]) -> np.ndarray:
         weights = 0.05 * noise
     else:
         weights = noise * shape[0] ** -0.5 * _LOUDER.get(part, 1)
+    weights = weights * kind.factors.get(part, 1)
     if kind.latent_outliers:  # the same model: what the norm makes larger, the matrices behind it make smaller
         large, channels = 12, [3, 77, 150, 301]
         if part == "attn_kv_a_norm":

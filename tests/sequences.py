@@ -111,7 +111,7 @@ class Sequences:
     ) -> int:
         batch = self.llama.llama_batch_init(len(entries), 0 if embeddings is None else embeddings.shape[1], 64)
         batch.n_tokens = len(entries)
-        positions = batch.pos
+        allocated = ctypes.cast(batch.pos, ctypes.c_void_p).value
         if embeddings is not None:
             ctypes.memmove(batch.embd, embeddings.ctypes.data, embeddings.nbytes)
             if self.llama.llama_model_rope_type(self._model.handle) in (
@@ -120,7 +120,7 @@ class Sequences:
             ):  # four positions, of which a text has the same in the first three
                 position = np.array([position for _, position, _ in entries], np.int32)
                 four = np.concatenate([position, position, position, 0 * position])
-                batch.pos = four.ctypes.data_as(type(positions))
+                batch.pos = four.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
         for i, (token, position, sequences) in enumerate(entries):
             if embeddings is None:
                 batch.token[i] = token
@@ -130,7 +130,7 @@ class Sequences:
             for j, sequence in enumerate(sequences):
                 batch.seq_id[i][j] = sequence
         result = compute(self.context, batch)
-        batch.pos = positions
+        batch.pos = ctypes.cast(allocated, ctypes.POINTER(ctypes.c_int32))
         self.llama.llama_batch_free(batch)
         return result
 
