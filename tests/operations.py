@@ -52,36 +52,28 @@ ROUNDING = 5e-6
 """KL divergence of logits that are the same but for orders of sums, with f16: 3e-6 were seen."""
 
 
-class Heap:
-    """Overwrites what was freed, as other work of a server does: a stale pointer finds garbage."""
+_libc = ctypes.CDLL(None)
+_libc.calloc.restype, _libc.calloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t, ctypes.c_size_t]
+_libc.free.argtypes = [ctypes.c_void_p]
 
-    def __init__(self) -> None:
-        self._libc = ctypes.CDLL(None)
-        self._libc.malloc.restype, self._libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
-        self._libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
-        self._libc.free.argtypes = [ctypes.c_void_p]
-        self._byte = 0
 
-    @contextlib.contextmanager
-    def overwritten(self) -> Iterator[None]:
-        """For the length of the block."""
-        self._byte ^= 0xA5
-        taken = [(self._libc.malloc(size), size) for size in range(24, 1500, 16) for _ in range(3)]
-        for place, size in taken:
-            self._libc.memset(place, self._byte, size)
-        yield
-        for place, _ in taken:
-            self._libc.free(place)
+@contextlib.contextmanager
+def overwritten_heap() -> Iterator[None]:
+    """Zeros for the length of the block where something was freed, as other work of a server leaves: what a stale pointer
+    finds there is wrong."""
+    taken = [_libc.calloc(1, size) for size in range(24, 1500, 16) for _ in range(3)]
+    yield
+    for place in taken:
+        _libc.free(place)
 
 
 class Cache(Sequences):
     """A context of a kind of memory. asked: what it said when it was asked for what not every memory can do."""
 
-    heap = Heap()
-
     def __init__(self, kind: Kind, path: Path, types: CacheTypes, **options: object) -> None:
-        self._again = lambda: Cache(kind, path, types, **options)
-        self._kind = kind
+        self._again = lambda changes: Cache(kind, path, types, **options | changes)
+        self._kind, self._types = kind, types
+        self.unified = options.get("unified", True)
         self.asked: list[object] = []
         given = dict(sequences=SEQUENCES, swa_full=kind.swa_full, n_threads=1, n_threads_batch=1) | options
         # llama.cpp wants room for a token of each sequence in a batch, and texts that are read whole in one ubatch
@@ -93,9 +85,9 @@ class Cache(Sequences):
         if kind.reads == "texts":
             assert self.encode(TEXT[300:340]) == 0
 
-    def another(self) -> Self:
-        """A new context like this one."""
-        return self._again()
+    def another(self, **changes: object) -> Self:
+        """A new context like this one, but for the options given."""
+        return self._again(changes)
 
     def ask(self, answer: object) -> object:
         self.asked.append(answer)
@@ -108,7 +100,7 @@ class Cache(Sequences):
         return np.ctypeslib.as_array(self.llama.llama_get_embeddings(self.context), (count, width)).copy()
 
     def _batch(self, *arguments: object, **options: object) -> int:
-        with self.heap.overwritten():
+        with contextlib.nullcontext() if self._types in (F16, STOCK) else overwritten_heap():
             return super()._batch(*arguments, **options)
 
     def rest(self, first: int = 120, sequence: int = 0) -> np.ndarray:
@@ -175,13 +167,33 @@ def saved_and_restored(cache: Cache) -> np.ndarray:
     return cache.rest()
 
 
-def saved_into_another(cache: Cache) -> np.ndarray:
+def saved_into_another(cache: Cache, **changes: object) -> np.ndarray:
     cache.prompt(TEXT[:120])
     state = cache.saved(0)
-    with cache.another() as other:
+    with cache.another(**changes) as other:
         other.prompt(TEXT[200:280], 1)
-        other.restore(state, 2)
-        return other.rest(sequence=2)
+        if cache.ask(other.read_state(state, 2) == len(state)):
+            return other.rest(sequence=2)
+    return cache.rest()
+
+
+def saved_into_another_window(cache: Cache) -> np.ndarray:
+    return saved_into_another(cache, window=16)
+
+
+def saved_into_none(cache: Cache) -> np.ndarray:
+    return saved_into_another(cache, window=0)
+
+
+def saved_from_none(cache: Cache) -> np.ndarray:
+    with cache.another(window=0) as other:
+        other.prompt(TEXT[:120])
+        cache.restore(other.saved(0), 2)
+    return cache.rest(sequence=2)
+
+
+def saved_into_the_other_layout(cache: Cache) -> np.ndarray:
+    return saved_into_another(cache, unified=not cache.unified)
 
 
 def whole_state(cache: Cache) -> np.ndarray:
@@ -310,6 +322,33 @@ def emptied(cache: Cache) -> np.ndarray:
     return undisturbed(cache)
 
 
+def emptied_but_for_the_data(cache: Cache) -> np.ndarray:
+    cache.prompt(TEXT[200:300])
+    cache.llama.llama_memory_clear(cache.memory, False)
+    return undisturbed(cache)
+
+
+def aborted(cache: Cache) -> np.ndarray:
+    """A batch that is given up in the middle, and read again."""
+    cache.prompt(TEXT[:60])
+    calls = 0
+
+    @cache.llama.ggml_abort_callback
+    def abort(_: object) -> bool:
+        nonlocal calls
+        calls += 1
+        return calls > 20
+
+    cache.llama.llama_set_abort_callback(cache.context, abort, None)
+    cache.ask(cache.decode(*((token, 60 + i, 0) for i, token in enumerate(TEXT[60:120]))))
+    cache.llama.llama_set_abort_callback(cache.context, cache.llama.ggml_abort_callback(), None)
+    if not cache.ask(cache.try_to_remove(0, 60, -1)):
+        cache.remove(0, -1, -1)
+        return undisturbed(cache)
+    cache.prompt(TEXT[60:120], first=60)
+    return cache.rest()
+
+
 def one_kept(cache: Cache) -> np.ndarray:
     for sequence in range(3):
         cache.prompt(TEXT[:120] if sequence == 1 else TEXT[200:280], sequence)
@@ -402,13 +441,17 @@ class Operation:
 
 
 OPERATIONS = {
-    "batch": Operation(batch, measure=batch, without_cache=True),
+    "batch": Operation(batch, measure=batch, options=dict(n_threads_batch=2), without_cache=True),
     "token by token": Operation(token_by_token, measure=batch),
-    "batches of all sizes": Operation(batches_of_all_sizes, measure=batch),
+    "batches of all sizes": Operation(batches_of_all_sizes, measure=batch, options=dict(n_ubatch=128)),
     "context shift": Operation(context_shift, whole_window=False, times=STORED_AGAIN),
     "self-extend": Operation(self_extend, whole_window=False, times=2 * STORED_AGAIN),
     "saved and restored": Operation(saved_and_restored, undisturbed),
     "saved into another context": Operation(saved_into_another, undisturbed),
+    "saved into another window": Operation(saved_into_another_window, whole_window=False),
+    "saved into no window": Operation(saved_into_none, whole_window=False),
+    "saved from no window": Operation(saved_from_none, whole_window=False),
+    "saved into the other layout": Operation(saved_into_the_other_layout, undisturbed),
     "whole state": Operation(whole_state, undisturbed),
     "restored while another goes on": Operation(restored_while_another_goes_on, never_restored),
     "restored to a checkpoint": Operation(restored_to_a_checkpoint, undisturbed, options=dict(n_rs_seq=16)),
@@ -423,6 +466,8 @@ OPERATIONS = {
     "chunks used again": Operation(chunks_used_again, whole_window=False, times=STORED_AGAIN),
     "full": Operation(full, whole_window=False, times=STORED_AGAIN, options=dict(sequences=2)),
     "emptied": Operation(emptied, undisturbed),
+    "emptied but for the data": Operation(emptied_but_for_the_data, undisturbed),
+    "aborted": Operation(aborted, undisturbed),
     "one kept": Operation(one_kept, undisturbed),
     "embeddings": Operation(embeddings_alone, undisturbed),
     "image between texts": Operation(image_between_texts),
@@ -458,8 +503,7 @@ def _restore(cache: Cache, damage: Callable[[bytes], bytes]) -> int:
     cache.prompt(TEXT[:120])
     state = damage(cache.saved(0))
     cache.remove(0, -1, -1)
-    data = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
-    return cache.llama.llama_state_seq_set_data(cache.context, data, len(state), 0)
+    return cache.read_state(state, 0)
 
 
 def _restore_file(cache: Cache, damage: Callable[[bytes], bytes]) -> int:

@@ -174,9 +174,13 @@ class Sequences:
         assert self.llama.llama_state_seq_get_data_ext(self.context, data, size, sequence, flags) == size
         return bytes(data)
 
-    def restore(self, state: bytes, sequence: int, flags: int = 0) -> None:
+    def read_state(self, state: bytes, sequence: int, flags: int = 0) -> int:
+        """How many bytes of a state were read: all, or 0 if it was refused."""
         data = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
-        assert self.llama.llama_state_seq_set_data_ext(self.context, data, len(state), sequence, flags) == len(state)
+        return self.llama.llama_state_seq_set_data_ext(self.context, data, len(state), sequence, flags)
+
+    def restore(self, state: bytes, sequence: int, flags: int = 0) -> None:
+        assert self.read_state(state, sequence, flags) == len(state)
 
     def saved_whole(self) -> bytes:
         size = self.llama.llama_state_get_size(self.context)
