@@ -195,6 +195,14 @@ KINDS = {
     "no cache, diffusion": Kind("llada", {"attention.causal": False}, reads="whole"),
 }  # fmt: skip
 
+UNFIT = {
+    "heads of 80": Kind("llama", {"attention.key_length": 80, "attention.value_length": 80, "rope.dimension_count": 80}),
+    "latent vectors of 544": Kind("deepseek2", _LATENT | {"attention.kv_lora_rank": 480, "attention.key_length": 544, "attention.value_length": 480}),
+    "indexer keys of 32": Kind("minimax-m3", _EXPERTS | _INDEXER | {"attention.indexer.head_count": 2, "attention.indexer.key_length": 32, "rope.dimension_count": 32}),
+    "no flash attention": Kind("grok", _EXPERTS | {"embedding_length": 256}),
+}  # fmt: skip
+"""Models whose keys or values cannot be of turbo types."""
+
 # Attention picks a few tokens, and what it finds counts.
 _LOUDER = dict.fromkeys(("attn_q", "attn_q_b", "attn_qkv"), 1.5) | dict.fromkeys(("attn_output", "attn_output_b"), 1.5)
 
@@ -299,7 +307,7 @@ def main() -> None:
     """Write all, to see which llama.cpp takes: memory_kinds.py FOLDER"""
     import sys
 
-    for name, kind in KINDS.items():
+    for name, kind in (KINDS | UNFIT).items():
         path = write(Path(sys.argv[1]) / f"{name}.gguf", kind)
         with Model(path) as model:
             print(name, path.stat().st_size >> 10, "KiB", model.vocabulary_size)

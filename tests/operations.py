@@ -24,7 +24,7 @@ import gguf
 import numpy as np
 
 import turboquant_gguf
-from memory_kinds import KINDS, VOCABULARY, Kind
+from memory_kinds import KINDS, UNFIT, VOCABULARY, Kind
 from sequences import RefusedError, Sequences
 from turboquant_gguf.cachetypes import CacheTypes
 from turboquant_gguf.logits import Model
@@ -594,12 +594,12 @@ class Worker:
             bound = min(bound, DISTURBED * self._error(types, window, unified))
         return ROUNDING + what.times * bound
 
-    def numbers(self, k: int, v: int) -> dict:
-        """Numbers of ggml_type that may be none."""
+    def opened(self, k: str | int, v: str | int) -> dict:
+        """A context of types that may be unfit, or numbers that are no types, and whether it works if there is one."""
         report(during=f"types {k} and {v}")
         try:
-            with Cache(self._kind, self._path, CacheTypes(k, v), model=self._model):
-                return dict(made=True)
+            with Cache(self._kind, self._path, CacheTypes(k, v), model=self._model) as cache:
+                return dict(finite=bool(np.isfinite(undisturbed(cache)).all()))
         except RefusedError as error:
             return dict(refused=str(error))
 
@@ -652,7 +652,7 @@ def report(**what: object) -> None:
 
 def main() -> None:
     name, path, *like = sys.argv[1:]
-    worker = Worker(KINDS[name], Path(path), Path(like[0]) if like else None)
+    worker = Worker((KINDS | UNFIT)[name], Path(path), Path(like[0]) if like else None)
     for line in sys.stdin:
         request = json.loads(line)
         report(answer=getattr(worker, request.pop("do"))(**request))

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pytest
 
-from memory_kinds import KINDS, write
+from memory_kinds import KINDS, UNFIT, write
 from operations import DAMAGES, OPERATIONS, ROUNDING
 
 SECONDS = 120
@@ -84,8 +84,8 @@ def models(tmp_path_factory) -> Callable[[str], Path]:
     folder = tmp_path_factory.mktemp("kinds")
 
     def model(kind: str) -> Path:
-        path = folder / f"{list(KINDS).index(kind)}.gguf"
-        return path if path.exists() else write(path, KINDS[kind])
+        path, kinds = folder / f"{kind}.gguf", KINDS | UNFIT
+        return path if path.exists() else write(path, kinds[kind])
 
     return model
 
@@ -233,6 +233,33 @@ def test_a_state_that_is_not_whole(answers, kind, question):
     assert answer["kl"] < ROUNDING
 
 
+REFUSED = [
+    ("heads of 80", "turbo4", "turbo4", "head size of 80"),
+    ("heads of 80", "f16", "turbo3", "head size of 80"),
+    ("latent vectors of 544", "turbo4", "turbo4", "544"),
+    ("indexer keys of 32", "turbo4", "turbo4", "32"),
+    ("indexer keys of 32", "turbo4", "f16", "32"),
+    ("no flash attention", "turbo4", "turbo4", "flash"),
+    ("MLA", "turbo4", "turbo3", "different K .turbo4. and V .turbo3."),
+    ("MLA", "f16", "turbo4", "different K .f16. and V .turbo4."),
+    ("compressed", "turbo4", "f16", "different K .turbo4. and V .f16."),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "question", "why"),
+    [
+        pytest.param(kind, dict(do="opened", k=k, v=v), why, id=f"{kind}-{k}:{v}")
+        for kind, k, v, why in REFUSED
+    ],
+)
+def test_refused_by_name(answers, kind, question, why):
+    """In the last line of the log, which is all that some programs show."""
+    answer = answers(kind, question)
+    if not re.search(why, answer.get("refused", "")):
+        pytest.fail(answer.get("died") or str(answer), pytrace=False)
+
+
 NUMBERS = (4, 5, 31, 36, 43, 60, 119, 123, 400, -1, 2**31 - 1)
 
 
@@ -240,7 +267,7 @@ NUMBERS = (4, 5, 31, 36, 43, 60, 119, 123, 400, -1, 2**31 - 1)
 @pytest.mark.parametrize(
     "question",
     [
-        pytest.param(dict(do="numbers", k=k, v=v), id=f"{k}:{v}")
+        pytest.param(dict(do="opened", k=k, v=v), id=f"{k}:{v}")
         for number in NUMBERS
         for k, v in ((number, 1), (1, number), (number, number))
     ],
@@ -248,6 +275,6 @@ NUMBERS = (4, 5, 31, 36, 43, 60, 119, 123, 400, -1, 2**31 - 1)
 def test_numbers_that_are_no_type(answers, kind, question):
     """Forks of llama.cpp have other numbers for types of the same names: ours are named."""
     answer = answers(kind, question)
-    number = next(n for n in (question["k"], question["v"]) if n != 1)
+    number = next(number for number in (question["k"], question["v"]) if number != 1)
     if not re.search(rf"(?<![\d-]){number}(?!\d).*120.*122", answer.get("refused", "")):
         pytest.fail(answer.get("died") or str(answer), pytrace=False)
