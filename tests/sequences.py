@@ -1,6 +1,8 @@
 """Several sequences in one cache of llama.cpp, with all that may happen to them."""
 
 import ctypes
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import gguf
@@ -12,14 +14,23 @@ from turboquant_gguf.cachetypes import CacheTypes
 from turboquant_gguf.logits import EXACT, Model
 
 
+Entry = tuple[int, int, int | list[int]]
+"""A token, its position, and its sequence or sequences."""
+
 WINDOW_SLOTS = 64 + 4 + 16
 """Of the recent window that turbo types have by default: in f16, for each sequence; a cache has one more."""
+
+
+class RefusedError(AssertionError):
+    """llama_init_from_model made no context. Its text is the last line of the log."""
 
 
 class Sequences:
     """A context of several sequences. A context manager.
 
-    window, sinks: tokens; None: the default of the types. length: cells for each sequence.
+    model: of the file, if it is open already; it stays so. types: names, or numbers of ggml_type. window, sinks: tokens;
+    None: the default of the types. length: cells for each sequence. flash: attention: "enabled", which is the default where
+    the types are not EXACT, "disabled" or "auto". other: of llama_context_params.
     """
 
     def __init__(
@@ -27,40 +38,49 @@ class Sequences:
         path: Path,
         types: CacheTypes,
         *,
+        model: Model | None = None,
         window: int | None = 0,
         sinks: int = 4,
         unified: bool = True,
         sequences: int = 8,
         length: int = 256,
+        flash: str | None = None,
+        **other: object,
     ) -> None:
-        self._path, self._model = path, Model(path)
+        self._owned = ExitStack()
+        self._path, self._model = path, model or self._owned.enter_context(Model(path))
         self.llama = llama = self._model.bindings
         params = llama.llama_context_default_params()
         self.length = length * (sequences if unified else 1)
         params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = length * sequences, 128, 128, sequences
         params.n_threads = params.n_threads_batch = 2
-        params.type_k, params.type_v = ggml.type_number(types.k), ggml.type_number(types.v)
-        flash = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED if types == EXACT else llama.LLAMA_FLASH_ATTN_TYPE_ENABLED
-        params.flash_attn_type, params.kv_unified = flash, unified
+        params.type_k, params.type_v = (
+            kind if isinstance(kind, int) else ggml.type_number(kind) for kind in (types.k, types.v)
+        )
+        flash = flash or ("disabled" if types == EXACT else "enabled")
+        params.flash_attn_type = getattr(llama, f"LLAMA_FLASH_ATTN_TYPE_{flash.upper()}")
+        params.kv_unified = unified
+        for name, value in other.items():
+            setattr(params, name, value)
+        begin = len(self._model.log)
         with pytest.MonkeyPatch.context() as environment:
             for name, value in (("WINDOW", window), ("SINKS", sinks)):
                 if value is not None:
                     environment.setenv(f"LLAMA_ARG_CACHE_{name}", str(value))
             environment.setenv("LLAMA_TURBO_WINDOW_POISON", "1")
             self.context = llama.llama_init_from_model(self._model.handle, params)
-        assert self.context, self.log
+        if not self.context:
+            self._owned.close()
+            raise RefusedError("".join(self._model.log[begin:]).strip().rpartition("\n")[2])
+        self._owned.callback(llama.llama_free, self.context)
+        self.log = "".join(self._model.log[begin:])
         self.memory = llama.llama_get_memory(self.context)
 
     def __enter__(self) -> "Sequences":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.llama.llama_free(self.context)
-        self._model.__exit__()
-
-    @property
-    def log(self) -> str:
-        return "".join(self._model.log)
+        self._owned.close()
 
     @property
     def embeddings(self) -> np.ndarray:
@@ -68,24 +88,49 @@ class Sequences:
         tensor = next(tensor for tensor in gguf.GGUFReader(self._path).tensors if tensor.name == "token_embd.weight")
         return gguf.dequantize(tensor.data, tensor.tensor_type)
 
-    def read(self, *entries: tuple[int, int, int]) -> np.ndarray:
-        """The logits after each (token, position, sequence), in one batch: float32 (entries, vocabulary)."""
+    def read(self, *entries: Entry) -> np.ndarray:
+        """The logits after each entry, in one batch: float32 (entries, vocabulary)."""
         assert self.decode(*entries) == 0
-        logits = self.llama.llama_get_logits(self.context)
-        return np.ctypeslib.as_array(logits, (len(entries), self._model.vocabulary_size)).copy()
+        return self.logits(len(entries))
 
-    def decode(self, *entries: tuple[int, int, int], embeddings: np.ndarray | None = None, outputs: bool = True) -> int:
+    def logits(self, count: int) -> np.ndarray:
+        """Of the last batch's outputs: float32 (count, vocabulary)."""
+        logits = self.llama.llama_get_logits(self.context)
+        return np.ctypeslib.as_array(logits, (count, self._model.vocabulary_size)).copy()
+
+    def decode(self, *entries: Entry, embeddings: np.ndarray | None = None, outputs: bool = True) -> int:
         """What llama_decode says. embeddings: float32 (entries, width), in place of tokens."""
-        batch = self.llama.llama_batch_init(len(entries), 0 if embeddings is None else embeddings.shape[1], 1)
+        return self._batch(self.llama.llama_decode, entries, embeddings, outputs)
+
+    def encode(self, tokens: list[int]) -> int:
+        """What llama_encode says of a text, in sequence 0."""
+        return self._batch(self.llama.llama_encode, [(token, i, 0) for i, token in enumerate(tokens)], None, outputs=True)
+
+    def _batch(
+        self, compute: Callable, entries: Sequence[Entry], embeddings: np.ndarray | None, outputs: bool
+    ) -> int:
+        batch = self.llama.llama_batch_init(len(entries), 0 if embeddings is None else embeddings.shape[1], 64)
         batch.n_tokens = len(entries)
+        allocated = ctypes.cast(batch.pos, ctypes.c_void_p).value
         if embeddings is not None:
             ctypes.memmove(batch.embd, embeddings.ctypes.data, embeddings.nbytes)
-        for i, (token, position, sequence) in enumerate(entries):
+            if self.llama.llama_model_rope_type(self._model.handle) in (
+                self.llama.LLAMA_ROPE_TYPE_MROPE,
+                self.llama.LLAMA_ROPE_TYPE_IMROPE,
+            ):  # four positions, of which a text has the same in the first three
+                position = np.array([position for _, position, _ in entries], np.int32)
+                four = np.concatenate([position, position, position, 0 * position])
+                batch.pos = four.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
+        for i, (token, position, sequences) in enumerate(entries):
             if embeddings is None:
                 batch.token[i] = token
             batch.pos[i], batch.logits[i] = position, outputs
-            batch.n_seq_id[i], batch.seq_id[i][0] = 1, sequence
-        result = self.llama.llama_decode(self.context, batch)
+            sequences = [sequences] if isinstance(sequences, int) else sequences
+            batch.n_seq_id[i] = len(sequences)
+            for j, sequence in enumerate(sequences):
+                batch.seq_id[i][j] = sequence
+        result = compute(self.context, batch)
+        batch.pos = ctypes.cast(allocated, ctypes.POINTER(ctypes.c_int32))
         self.llama.llama_batch_free(batch)
         return result
 
@@ -96,21 +141,53 @@ class Sequences:
         """Token by token."""
         return np.concatenate([self.read((token, first + i, sequence)) for i, token in enumerate(tokens)])
 
+    @property
+    def can_shift(self) -> bool:
+        """Whether positions can be changed at all; asked before, as the programs of llama.cpp do."""
+        return self.llama.llama_memory_can_shift(self.memory)
+
+    def try_to_remove(self, sequence: int, begin: int, end: int) -> bool:
+        """False where this memory cannot take back a part of a sequence; then nothing has changed."""
+        return self.llama.llama_memory_seq_rm(self.memory, sequence, begin, end)
+
     def remove(self, sequence: int, begin: int, end: int) -> None:
-        assert self.llama.llama_memory_seq_rm(self.memory, sequence, begin, end)
+        assert self.try_to_remove(sequence, begin, end)
 
     def add(self, sequence: int, begin: int, end: int, delta: int) -> None:
         self.llama.llama_memory_seq_add(self.memory, sequence, begin, end, delta)
 
+    def divide(self, sequence: int, begin: int, end: int, divisor: int) -> None:
+        self.llama.llama_memory_seq_div(self.memory, sequence, begin, end, divisor)
+
     def copy(self, source: int, destination: int) -> None:
         self.llama.llama_memory_seq_cp(self.memory, source, destination, -1, -1)
 
-    def saved(self, sequence: int) -> bytes:
-        size = self.llama.llama_state_seq_get_size(self.context, sequence)
+    def keep(self, sequence: int) -> None:
+        self.llama.llama_memory_seq_keep(self.memory, sequence)
+
+    def clear(self) -> None:
+        self.llama.llama_memory_clear(self.memory, True)
+
+    def saved(self, sequence: int, flags: int = 0) -> bytes:
+        size = self.llama.llama_state_seq_get_size_ext(self.context, sequence, flags)
         data = (ctypes.c_uint8 * size)()
-        assert self.llama.llama_state_seq_get_data(self.context, data, size, sequence) == size
+        assert self.llama.llama_state_seq_get_data_ext(self.context, data, size, sequence, flags) == size
         return bytes(data)
 
-    def restore(self, state: bytes, sequence: int) -> None:
+    def read_state(self, state: bytes, sequence: int, flags: int = 0) -> int:
+        """How many bytes of a state were read: all, or 0 if it was refused."""
         data = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
-        assert self.llama.llama_state_seq_set_data(self.context, data, len(state), sequence)
+        return self.llama.llama_state_seq_set_data_ext(self.context, data, len(state), sequence, flags)
+
+    def restore(self, state: bytes, sequence: int, flags: int = 0) -> None:
+        assert self.read_state(state, sequence, flags) == len(state)
+
+    def saved_whole(self) -> bytes:
+        size = self.llama.llama_state_get_size(self.context)
+        data = (ctypes.c_uint8 * size)()
+        size = self.llama.llama_state_get_data(self.context, data, size)
+        return bytes(data)[:size]
+
+    def restore_whole(self, state: bytes) -> None:
+        data = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
+        assert self.llama.llama_state_set_data(self.context, data, len(state)) == len(state)
