@@ -138,7 +138,7 @@ KINDS = {
         _SLIDING
         | {"block_count": 6, "attention.sliding_window_pattern": [True, True, True, False, True, False]}
         | {"attention.shared_kv_layers": 2, "embedding_length_per_layer_input": 0, "rope.dimension_count_swa": HEAD_SIZE},
-        factors={"attn_q_norm": HEAD_SIZE**-0.5},  # scores have no factor of their own
+        factors={"attn_q_norm": HEAD_SIZE**-0.5},  # as in T5, scores have no factor of their own
     ),
     "hybrid, linear attention": Kind("qwen35", _LINEAR_ATTENTION),
     "hybrid, both in each layer": Kind("falcon-h1", _STATE_SPACE),
@@ -184,7 +184,7 @@ KINDS = {
         | {"attention.compress_ratios": [0, 0, 4, 128], "hash_layer_count": 0, "swiglu_clamp_exp": 10.0, "expert_gating_func": 4},
     ),
     "blocks that are picked": Kind("minimax-m3", _EXPERTS | _INDEXER | {"attention.indexer.head_count": 2, "attention.indexer.top_k": 16}),
-    "encoder and decoder": Kind("t5", {"attention.head_count_kv": 4, "attention.relative_buckets_count": 8}, reads="texts"),
+    "encoder and decoder": Kind("t5", {"attention.head_count_kv": 4, "attention.relative_buckets_count": 8}, factors={"attn_q": HEAD_SIZE**-0.5}, reads="texts"),
     "recurrent": Kind("mamba", _STATE_SPACE | {"attention.head_count": 0, "attention.head_count_kv": 0}),
     "recurrent, Mamba 2": Kind("mamba2", _STATE_SPACE | {"attention.head_count": 0, "attention.head_count_kv": 0}),
     "no cache, heads of 32": Kind(

@@ -475,9 +475,7 @@ OPERATIONS = {
     "far position": Operation(far_position),
     "1 sequence": Operation(one_sequence, options=dict(sequences=1)),
     "8 sequences": Operation(interleaved),
-    "256 sequences": Operation(
-        many_sequences, whole_window=False, measure=many_sequences, options=dict(sequences=256)
-    ),
+    "256 sequences": Operation(many_sequences, whole_window=False, measure=many_sequences, options=dict(sequences=256)),
     "flash attention auto": Operation(undisturbed, options=dict(flash="auto"), without_cache=True),
     "flash attention off": Operation(
         undisturbed, whole_window=False, options=dict(flash="disabled"), without_cache=True

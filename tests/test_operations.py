@@ -63,7 +63,13 @@ class Worker:
                 return said["answer"]
             during = said["during"]
         code = self._process.wait()
-        why = f"{SECONDS} seconds" if deadline.finished.is_set() else signal.Signals(-code).name if code < 0 else f"exit {code}"
+        why = (
+            f"{SECONDS} seconds"
+            if deadline.finished.is_set()
+            else signal.Signals(-code).name
+            if code < 0
+            else f"exit {code}"
+        )
         deadline.cancel()
         self._errors.seek(0)
         last = self._errors.read().decode("utf-8", "replace").strip().rpartition("\n")[2]
@@ -248,10 +254,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(
     ("kind", "question", "why"),
-    [
-        pytest.param(kind, dict(do="opened", k=k, v=v), why, id=f"{kind}-{k}:{v}")
-        for kind, k, v, why in REFUSED
-    ],
+    [pytest.param(kind, dict(do="opened", k=k, v=v), why, id=f"{kind}-{k}:{v}") for kind, k, v, why in REFUSED],
 )
 def test_refused_by_name(answers, kind, question, why):
     """In the last line of the log, which is all that some programs show."""

@@ -124,7 +124,11 @@ def test_a_slot_file_that_is_cut_short(models, tmp_path, kind, types):
 
 def test_chunks_of_a_prompt_are_used_again(models, tmp_path):
     with serving(models("plain"), "turbo4", tmp_path, "--cache-reuse", "16", "--parallel", "1") as server:
-        first, dropped, kept = ("the sky " * 8, "one two three four five " * 3, "water is blue in the light of day " * 4)
+        first, dropped, kept = (
+            "the sky " * 8,
+            "one two three four five " * 3,
+            "water is blue in the light of day " * 4,
+        )
         server.complete(first + dropped + kept)
         timings = server.complete(first + kept)["timings"]
     assert timings["cache_n"] > len(first) + 50  # tokens are bytes
