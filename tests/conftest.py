@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,21 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "steady"))
 # A runner started in the background ignores SIGINT, and every child would inherit that: tests that interrupt could not.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Iterator[None]:
+    """With TURBOQUANT_NO_SKIPS, a test that skips has failed: what it wants should have been installed.
+
+    The variable holds words of reasons that may be, separated by commas.
+    """
+    report = yield
+    allowed = os.environ.get("TURBOQUANT_NO_SKIPS")
+    if allowed is not None and report.skipped and not hasattr(report, "wasxfail"):
+        reason = str(call.excinfo.value)
+        if not any(words in reason for words in filter(None, allowed.split(","))):
+            report.outcome, report.longrepr = "failed", f"skipped, and TURBOQUANT_NO_SKIPS is set: {reason}"
+    return report
 
 
 @pytest.fixture(scope="session")

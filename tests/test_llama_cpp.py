@@ -190,24 +190,28 @@ def test_weights(name: str, tmp_path: Path):
     assert 50 < float(re.search(r"Final estimate: PPL = ([\d.]+)", output)[1]) < 5000
 
 
-@pytest.mark.parametrize("flags", [("--cache-type-k", "turbo4"), ("--cache-type-v", "turbo3"),
-                                   ("--cache-type-v", "turbo3", "--flash-attn", "on")])
-def test_head_size_that_does_not_fit(flags: tuple[str, ...], tmp_path: Path):
-    model = tiny_model.write(tmp_path / "tiny.gguf", head_size=80)
-    text = tmp_path / "text.txt"
-    text.write_text("some text that is long enough for one chunk\n" * 40)
-    output = run("llama-perplexity", "--model", model, "--file", text, "--ctx-size", 128, *flags, ok=False)
-    assert re.search(r"head size of 80", output)
-    assert re.search(r"f16, bf16, f32", output)  # what works instead; blocks of 32 do not divide 80 either
+REFUSED = {  # by what llama.cpp is asked for, with a model of this head size: the reason
+    "head size": (80, ("-ctk", "turbo4"), {}, r"K head size of 80\. Cache types that work for it: f16, bf16, f32"),
+    "head size of values": (80, ("-ctv", "turbo3", "-fa", "1"), {}, "V head size of 80"),
+    "flash attention": (64, ("-ctv", "turbo4", "-fa", "0"), {}, "quantized V cache requires flash_attn"),
+    "recent window": (64, ("-ctk", "turbo4"), {"LLAMA_ARG_CACHE_WINDOW": "1e9"}, "1e9"),
+}
+TOOLS = {"llama-server": (), "llama-perplexity": ("--ctx-size", "128"), "llama-bench": ("--n-prompt", "8", "--n-gen", "0")}
 
 
-def test_values_without_flash_attention_are_refused(tmp_path: Path):
-    model = tiny_model.write(tmp_path / "tiny.gguf")
-    text = tmp_path / "text.txt"
+@pytest.mark.parametrize("tool", TOOLS)
+@pytest.mark.parametrize("case", REFUSED)
+def test_the_reason_of_a_refusal_is_the_last_line(case: str, tool: str, tmp_path: Path):
+    head_size, flags, environment, reason = REFUSED[case]
+    model, text = tiny_model.write(tmp_path / "tiny.gguf", head_size=head_size), tmp_path / "text.txt"
     text.write_text("some text that is long enough for one chunk\n" * 40)
-    flags = ("--cache-type-v", "turbo4", "--flash-attn", "off")
-    output = run("llama-perplexity", "--model", model, "--file", text, "--ctx-size", 128, *flags, ok=False)
-    assert "flash" in output.lower()
+    arguments = [*TOOLS[tool], *(("--file", text) if tool == "llama-perplexity" else ()), *flags]
+    output = run(tool, "--model", model, *arguments, ok=False, **environment)
+    lines = [line for line in output.strip().splitlines() if not line.startswith("|")]  # llama-bench ends its table
+    if case == "recent window" and tool != "llama-bench":  # they read it as an option, and show how options are used
+        lines = [line for line in lines if "error while handling" in line]
+        reason = "LLAMA_ARG_CACHE_WINDOW.*'1e9' is not a number of tokens"
+    assert re.search(reason, lines[-1]), output[-2000:]
 
 
 # ---- Python ----

@@ -6,11 +6,11 @@
 #include <stdexcept>
 #include <string>
 
-static void llama_turbo_set_variable(const char * name, int value) {
-    if (value < 0) {
-        throw std::invalid_argument("it must not be negative");
+// Throws if the text is no number of tokens.
+static void llama_turbo_set_variable(const char * name, const std::string & text) {
+    if (text.empty() || text.size() > 9 || text.find_first_not_of("0123456789") != std::string::npos) {
+        throw std::invalid_argument("'" + text + "' is not a number of tokens");
     }
-    const std::string text = std::to_string(value);
 #ifdef _WIN32
     _putenv_s(name, text.c_str());
 #else

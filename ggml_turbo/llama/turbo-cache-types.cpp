@@ -88,6 +88,12 @@ bool llama_turbo_check_types(const llama_model & model, llama_context_params & p
             wrong = il;
         }
     }
+    if (!divides(params.type_k, hparams.indexer_head_size)) { // a second cache of keys, by which some models choose what to attend to
+        LLAMA_LOG_ERROR("%s: the K cache cannot be %s: its blocks hold %d values of one head, and the indexer of this model has a head size of %u. "
+            "Cache types that work for it: %s\n", __func__, ggml_type_name(params.type_k), QK_TURBO, hparams.indexer_head_size,
+            types_for(hparams.indexer_head_size).c_str());
+        return false;
+    }
     const bool lacks_attention = ggml_is_quantized(params.type_v) && params.flash_attn_type == LLAMA_FLASH_ATTN_TYPE_DISABLED;
     if ((wrong >= 0 || lacks_attention) && !keeps_keys(model)) {
         LLAMA_LOG_INFO("%s: this model keeps no keys and values: cache types %s and %s have nothing to do\n", __func__,
