@@ -99,9 +99,12 @@ bool turbo_observer_eval(ggml_tensor * node, bool ask, void * user_data) {
     if (node->op == GGML_OP_FLASH_ATTN_EXT) {
         return observe(observer, node);
     }
-    const auto bytes = bytes_of(node->src[0]);
+    const ggml_tensor * k = node->src[0]; // [channels, tokens], a part of the fused projection in some models
+    const auto bytes = bytes_of(k);
     auto & keys = observer.keys[layer_of_keys(node)];
-    keys.resize(bytes.size()/sizeof(float));
-    memcpy(keys.data(), bytes.data(), bytes.size());
+    keys.resize(ggml_nelements(k));
+    for (int64_t it = 0; it < k->ne[1]; ++it) {
+        memcpy(&keys[it*k->ne[0]], &bytes[it*k->nb[1]], k->ne[0]*sizeof(float));
+    }
     return true;
 }
