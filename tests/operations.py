@@ -2,8 +2,8 @@
 
     python operations.py KIND MODEL [LIKE]
 
-reads requests, a JSON object a line, and answers each with one. A crash ends the worker, not who asks. LIKE: a model that
-computes the same without what makes caches of MODEL inexact.
+reads requests, a JSON object a line, and answers each with one. A crash ends the worker, not who asks. LIKE: a model
+that computes the same without what makes caches of MODEL inexact.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ F16, STOCK = CacheTypes("f16", "f16"), CacheTypes("q4_0", "q4_0")
 SEQUENCES = 8
 
 MORE_THAN_STOCK = 2.0
-"""How much farther from f16 a type may be than q4_0 without a window, for its mean squared error: KL divergence grows with
-the square of the errors. It is 0.7 to 1.1 times with turbo types, and up to 1.2 times with q8_0."""
+"""How much farther from f16 a type may be than q4_0 without a window, for its mean squared error: KL divergence grows
+with the square of the errors. It is 0.7 to 1.1 times with turbo types, and up to 1.2 times with q8_0."""
 
 DISTURBED = 2.0
-"""How much farther from f16 an operation may lead than the same types and window without it: other tokens, other chance."""
+"""How much farther from f16 an operation may lead than the same types and window without it: other tokens."""
 
 STORED_AGAIN = 2.0
 """The same where a shift of positions quantizes keys a second time, which doubles their squared error."""
 
 UNDISTURBED = 0.02
-"""Divergence from the same cache without the operation, in the divergence of both from f16: what other orders of sums, and
-the codes that they change, lead to where nothing may be lost."""
+"""Divergence from the same cache without the operation, in the divergence of both from f16: what other orders of sums,
+and the codes that they change, lead to where nothing may be lost."""
 
 ROUNDING = 5e-6
 """KL divergence of logits that are the same but for orders of sums, with f16: 3e-6 were seen."""
@@ -59,8 +59,8 @@ _libc.free.argtypes = [ctypes.c_void_p]
 
 @contextlib.contextmanager
 def overwritten_heap() -> Iterator[None]:
-    """Zeros for the length of the block where something was freed, as other work of a server leaves: what a stale pointer
-    finds there is wrong."""
+    """Zeros for the length of the block where something was freed, as other work of a server leaves: what a stale
+    pointer finds there is wrong."""
     taken = [_libc.calloc(1, size) for size in range(24, 1500, 16) for _ in range(3)]
     yield
     for place in taken:
@@ -297,7 +297,7 @@ def chunks_used_again(cache: Cache) -> np.ndarray:
 
 
 def full(cache: Cache) -> np.ndarray:
-    """No cell is left; a part is dropped, the rest moves up if it can, and what comes takes the cells of what was dropped."""
+    """No cell is left; a part is dropped, the rest moves up if it can, and what comes takes the cells of that part."""
     length, step = cache.length, 64
     for first in range(0, length, step):
         entries = ((TEXT[(first + i) % 397], first + i, 0) for i in range(step))
@@ -345,6 +345,12 @@ def aborted(cache: Cache) -> np.ndarray:
     if not cache.ask(cache.try_to_remove(0, 60, -1)):
         cache.remove(0, -1, -1)
         return undisturbed(cache)
+    cache.prompt(TEXT[60:120], first=60)
+    return cache.rest()
+
+
+def read_in_two(cache: Cache) -> np.ndarray:
+    cache.prompt(TEXT[:60])
     cache.prompt(TEXT[60:120], first=60)
     return cache.rest()
 
@@ -464,10 +470,10 @@ OPERATIONS = {
     "removed in the middle": Operation(removed_in_the_middle),
     "prefix kept": Operation(prefix_kept, whole_window=False),
     "chunks used again": Operation(chunks_used_again, whole_window=False, times=STORED_AGAIN),
-    "full": Operation(full, whole_window=False, times=STORED_AGAIN, options=dict(sequences=2)),
+    "full": Operation(full, whole_window=False, times=2 * STORED_AGAIN, options=dict(sequences=2)),
     "emptied": Operation(emptied, undisturbed),
     "emptied but for the data": Operation(emptied_but_for_the_data, undisturbed),
-    "aborted": Operation(aborted, undisturbed),
+    "aborted": Operation(aborted, read_in_two),
     "one kept": Operation(one_kept, undisturbed),
     "embeddings": Operation(embeddings_alone, undisturbed),
     "image between texts": Operation(image_between_texts),

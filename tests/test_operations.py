@@ -1,7 +1,7 @@
 """Every operation on every kind of memory, with turbo caches: right, or refused by name before anything runs.
 
-Right: as near to an f16 cache that the same was done to as the type can be (operations.py), and as near to the same cache
-without the operation where that loses nothing. What f16 cannot do, turbo cannot either, and says so alike.
+Right: as near to an f16 cache that the same was done to as the type can be (operations.py), and as near to the same
+cache without the operation where that loses nothing. What f16 cannot do, turbo cannot either, and says so alike.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ class Worker:
                 self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,
                 env=os.environ | {"GGML_NO_BACKTRACE": "1"},
             )  # fmt: skip
-        print(json.dumps(question), file=self._process.stdin, flush=True)
+        with contextlib.suppress(BrokenPipeError):
+            print(json.dumps(question), file=self._process.stdin, flush=True)
         during = "the start"
         deadline = threading.Timer(SECONDS, self._process.kill)
         deadline.start()
@@ -115,7 +116,7 @@ def answers(request, models) -> Callable[[str, dict], dict]:
 
 
 def cells() -> list:
-    """Each operation on each kind with two pairs of types, one in a unified cache and one in streams, one with a window."""
+    """Each operation on each kind with two pairs of types: one in a unified cache, one in streams; one has a window."""
     made = []
     for k, (kind, memory) in enumerate(KINDS.items()):
         pairs = ONE_TYPE if memory.is_mla else PAIRS
