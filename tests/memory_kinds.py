@@ -28,8 +28,9 @@ class Kind:
 
     architecture: as GGUF calls it. keys: metadata of its own, beside _COMMON. factors: of weights, by the part of their
     name that says what they are. latent_outliers: the same model as without, whose latent vectors have a few large
-    channels. swa_full: contexts keep all tokens of sliding windows. reads: "tokens"; "texts": an encoder reads a text
-    that the decoder looks at; "whole": there is no cache, each batch is a text of its own.
+    channels. swa_full: contexts keep all tokens of sliding windows. alone: turbo caches of it have one sequence. reads:
+    "tokens"; "texts": an encoder reads a text that the decoder looks at; "whole": there is no cache, each batch is a
+    text of its own.
     """
 
     architecture: str
@@ -37,6 +38,7 @@ class Kind:
     factors: dict[str, float] = field(default_factory=dict)
     latent_outliers: bool = False
     swa_full: bool = False
+    alone: bool = False
     reads: str = "tokens"
 
     @property
@@ -224,6 +226,7 @@ KINDS = {
             "swiglu_clamp_exp": 10.0,
             "expert_gating_func": 4,
         },
+        alone=True,
     ),
     "blocks that are picked": Kind(
         "minimax-m3", _EXPERTS | _INDEXER | {"attention.indexer.head_count": 2, "attention.indexer.top_k": 16}
