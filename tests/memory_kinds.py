@@ -1,4 +1,4 @@
-"""Small random models of every kind of memory that llama.cpp has: llama_model::create_memory, and what attention does with it.
+"""Small random models of every kind of memory that llama.cpp has (llama_model::create_memory), and of attention.
 
 The metadata is ours; which tensors a model has, and of what shape, llama.cpp says itself.
 """
@@ -26,10 +26,11 @@ WINDOW = 40
 class Kind:
     """A model.
 
-    architecture: as GGUF calls it. keys: metadata of its own, beside _COMMON. factors: of weights, by the part of their name
-    that says what they are. latent_outliers: the same model as without, whose latent vectors have a few large channels.
-    swa_full: contexts keep all tokens of sliding windows. reads: "tokens"; "texts": an encoder reads a text that the decoder
-    looks at; "whole": there is no cache, each batch is a text of its own.
+    architecture: as GGUF calls it. keys: metadata of its own, beside _COMMON. factors: of weights, by the part of their
+    name that says what they are. latent_outliers: the same model as without, whose latent vectors have a few large
+    channels. swa_full: contexts keep all tokens of sliding windows. alone: turbo caches of it have one sequence. reads:
+    "tokens"; "texts": an encoder reads a text that the decoder looks at; "whole": there is no cache, each batch is a
+    text of its own.
     """
 
     architecture: str
@@ -37,6 +38,7 @@ class Kind:
     factors: dict[str, float] = field(default_factory=dict)
     latent_outliers: bool = False
     swa_full: bool = False
+    alone: bool = False
     reads: str = "tokens"
 
     @property
@@ -127,22 +129,33 @@ _KDA = {"kda.head_dim": 32, "kda.gate_lower_bound": -5.0, "ssm.conv_kernel": 4}
 KINDS = {
     "plain": Kind("llama"),
     "ALiBi": Kind("bloom", {"attention.head_count_kv": 4, "embedding_length": 256}),
-    "values narrower than keys": Kind("mimo2", _ALTERNATING | _EXPERTS | {"attention.key_length": 128, "attention.key_length_swa": 128}),
+    "values narrower than keys": Kind(
+        "mimo2", _ALTERNATING | _EXPERTS | {"attention.key_length": 128, "attention.key_length_swa": 128}
+    ),
     "sliding window": Kind("gemma3", _SLIDING),
     "sliding window in full": Kind("gemma3", _SLIDING, swa_full=True),
-    "sliding window, soft cap": Kind("gemma2", _SLIDING | {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 30.0}),
+    "sliding window, soft cap": Kind(
+        "gemma2", _SLIDING | {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 30.0}
+    ),
     "sliding window, sinks": Kind("gpt-oss", _SLIDING | _EXPERTS),
     "chunks": Kind("llama4", _SLIDING | _EXPERTS),
     "layers that share": Kind(
         "gemma4",
         _SLIDING
         | {"block_count": 6, "attention.sliding_window_pattern": [True, True, True, False, True, False]}
-        | {"attention.shared_kv_layers": 2, "embedding_length_per_layer_input": 0, "rope.dimension_count_swa": HEAD_SIZE},
+        | {
+            "attention.shared_kv_layers": 2,
+            "embedding_length_per_layer_input": 0,
+            "rope.dimension_count_swa": HEAD_SIZE,
+        },
         factors={"attn_q_norm": HEAD_SIZE**-0.5},  # as in T5, scores have no factor of their own
     ),
     "hybrid, linear attention": Kind("qwen35", _LINEAR_ATTENTION),
     "hybrid, both in each layer": Kind("falcon-h1", _STATE_SPACE),
-    "hybrid, convolutions": Kind("lfm2", {"embedding_length": 256, "attention.head_count_kv": [0, 2, 0, 2], "block_count": 4, "shortconv.l_cache": 3}),
+    "hybrid, convolutions": Kind(
+        "lfm2",
+        {"embedding_length": 256, "attention.head_count_kv": [0, 2, 0, 2], "block_count": 4, "shortconv.l_cache": 3},
+    ),
     "hybrid, sliding window": Kind(
         "lfm2",
         {"embedding_length": 256, "attention.head_count_kv": [0, 2, 0, 2], "block_count": 4, "shortconv.l_cache": 3}
@@ -155,56 +168,110 @@ KINDS = {
     "hybrid, MLA": Kind("kimi-linear", _LATENT | _KDA | {"attention.head_count_kv": [0, 1, 0, 1], "block_count": 4}),
     "hybrid, indexed": Kind(
         "qwen4exp",
-        _LINEAR_ATTENTION | _EXPERTS | _INDEXER | _HYPER
-        | {"hyper_connection.low_rank": 8, "attention.compress_ratios": [4, 4, 4, 4]},
+        _LINEAR_ATTENTION
+        | _EXPERTS
+        | _INDEXER
+        | _HYPER
+        | {"hyper_connection.low_rank": 8, "attention.compress_ratios": [4, 4, 4, 4]}
+        | {"attention.indexer.top_k": 4096},  # all blocks: which of them were picked would be chance
     ),
     "hybrid, indexed MLA": Kind(
         "glm5-next",
-        _LATENT | _KDA | _INDEXER | _HYPER
+        _LATENT
+        | _KDA
+        | _INDEXER
+        | _HYPER
         | {"attention.head_count_kv": [0, 1], "rope.dimension_count": 0, "attention.key_length": 512},
     ),
     "MLA": Kind("deepseek2", _LATENT),
     "MLA, large channels": Kind("deepseek2", _LATENT, latent_outliers=True),
-    "MLA, shape of GLM-4.7-Flash": Kind("deepseek2", _LATENT | {"attention.key_length_mla": 256, "attention.value_length_mla": 256}),
-    "MLA, shape of Kimi K2": Kind("deepseek2", _LATENT | {"attention.key_length_mla": 192, "attention.value_length_mla": 128}),
+    "MLA, shape of GLM-4.7-Flash": Kind(
+        "deepseek2", _LATENT | {"attention.key_length_mla": 256, "attention.value_length_mla": 256}
+    ),
+    "MLA, shape of Kimi K2": Kind(
+        "deepseek2", _LATENT | {"attention.key_length_mla": 192, "attention.value_length_mla": 128}
+    ),
     "MLA, indexed": Kind("deepseek32", _LATENT | _INDEXER),
     "MLA, indexed, sliding window": Kind(
         "dots3note",
-        _LATENT | _INDEXER
-        | {"attention.sliding_window": WINDOW, "attention.sliding_window_pattern": [False, True], "rope.freq_base_swa": 10000.0}
+        _LATENT
+        | _INDEXER
+        | {
+            "attention.sliding_window": WINDOW,
+            "attention.sliding_window_pattern": [False, True],
+            "rope.freq_base_swa": 10000.0,
+        }
         | {"attention.kv_lora_rank_swa": 512, "attention.key_length_swa": 576, "attention.value_length_swa": 512}
-        | {"attention.key_length_mla_swa": 128, "attention.value_length_mla_swa": 64, "attention.indexer.types": [1, 0]},
+        | {
+            "attention.key_length_mla_swa": 128,
+            "attention.value_length_mla_swa": 64,
+            "attention.indexer.types": [1, 0],
+        },
     ),
     "compressed": Kind(
         "deepseek4",
-        _EXPERTS | _INDEXER | _HYPER
+        _EXPERTS
+        | _INDEXER
+        | _HYPER
         | {"block_count": 4, "attention.head_count": 4, "attention.head_count_kv": 1}
         | {"attention.q_lora_rank": 64, "rope.dimension_count": 32, "attention.sliding_window": WINDOW}
-        | {"attention.output_group_count": 4, "attention.output_lora_rank": 32, "attention.compress_rope_freq_base": 160000.0}
-        | {"attention.compress_ratios": [0, 0, 4, 128], "hash_layer_count": 0, "swiglu_clamp_exp": 10.0, "expert_gating_func": 4},
+        | {
+            "attention.output_group_count": 4,
+            "attention.output_lora_rank": 32,
+            "attention.compress_rope_freq_base": 160000.0,
+        }
+        | {
+            "attention.compress_ratios": [0, 0, 4, 128],
+            "hash_layer_count": 0,
+            "swiglu_clamp_exp": 10.0,
+            "expert_gating_func": 4,
+        },
+        alone=True,
     ),
-    "blocks that are picked": Kind("minimax-m3", _EXPERTS | _INDEXER | {"attention.indexer.head_count": 2, "attention.indexer.top_k": 16}),
-    "encoder and decoder": Kind("t5", {"attention.head_count_kv": 4, "attention.relative_buckets_count": 8}, factors={"attn_q": HEAD_SIZE**-0.5}, reads="texts"),
+    "blocks that are picked": Kind(
+        "minimax-m3", _EXPERTS | _INDEXER | {"attention.indexer.head_count": 2, "attention.indexer.top_k": 16}
+    ),
+    "encoder and decoder": Kind(
+        "t5",
+        {"attention.head_count_kv": 4, "attention.relative_buckets_count": 8},
+        factors={"attn_q": HEAD_SIZE**-0.5},
+        reads="texts",
+    ),
     "recurrent": Kind("mamba", _STATE_SPACE | {"attention.head_count": 0, "attention.head_count_kv": 0}),
     "recurrent, Mamba 2": Kind("mamba2", _STATE_SPACE | {"attention.head_count": 0, "attention.head_count_kv": 0}),
     "no cache, heads of 32": Kind(
         "bert",
-        {"attention.head_count_kv": 4, "attention.key_length": 32, "attention.value_length": 32, "attention.causal": False},
+        {
+            "attention.head_count_kv": 4,
+            "attention.key_length": 32,
+            "attention.value_length": 32,
+            "attention.causal": False,
+        },
         reads="whole",
     ),
     "no cache, diffusion": Kind("llada", {"attention.causal": False}, reads="whole"),
-}  # fmt: skip
+}
 
 UNFIT = {
-    "heads of 80": Kind("llama", {"attention.key_length": 80, "attention.value_length": 80, "rope.dimension_count": 80}),
-    "latent vectors of 544": Kind("deepseek2", _LATENT | {"attention.kv_lora_rank": 480, "attention.key_length": 544, "attention.value_length": 480}),
-    "indexer keys of 32": Kind("minimax-m3", _EXPERTS | _INDEXER | {"attention.indexer.head_count": 2, "attention.indexer.key_length": 32, "rope.dimension_count": 32}),
+    "heads of 80": Kind(
+        "llama", {"attention.key_length": 80, "attention.value_length": 80, "rope.dimension_count": 80}
+    ),
+    "latent vectors of 544": Kind(
+        "deepseek2",
+        _LATENT | {"attention.kv_lora_rank": 480, "attention.key_length": 544, "attention.value_length": 480},
+    ),
+    "indexer keys of 32": Kind(
+        "minimax-m3",
+        _EXPERTS
+        | _INDEXER
+        | {"attention.indexer.head_count": 2, "attention.indexer.key_length": 32, "rope.dimension_count": 32},
+    ),
     "no flash attention": Kind("grok", _EXPERTS | {"embedding_length": 256}),
-}  # fmt: skip
+}
 """Models whose keys or values cannot be of turbo types."""
 
 # Attention picks a few tokens, and what it finds counts.
-_LOUDER = dict.fromkeys(("attn_q", "attn_q_b", "attn_qkv"), 1.5) | dict.fromkeys(("attn_output", "attn_output_b"), 1.5)
+_LOUDER = dict.fromkeys(("attn_q", "attn_q_b", "attn_qkv", "attn_output", "attn_output_b"), 1.5)
 
 
 def write(path: Path, kind: Kind) -> Path:

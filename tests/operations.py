@@ -2,8 +2,8 @@
 
     python operations.py KIND MODEL [LIKE]
 
-reads requests, a JSON object a line, and answers each with one. A crash ends the worker, not who asks. LIKE: a model that
-computes the same without what makes caches of MODEL inexact.
+reads requests, a JSON object a line, and answers each with one. A crash ends the worker, not who asks. LIKE: a model
+that computes the same without what makes caches of MODEL inexact.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ F16, STOCK = CacheTypes("f16", "f16"), CacheTypes("q4_0", "q4_0")
 SEQUENCES = 8
 
 MORE_THAN_STOCK = 2.0
-"""How much farther from f16 a type may be than q4_0 without a window, for its mean squared error: KL divergence grows with
-the square of the errors. It is 0.7 to 1.1 times with turbo types, and up to 1.2 times with q8_0."""
+"""How much farther from f16 a type may be than q4_0 without a window, for its mean squared error: KL divergence grows
+with the square of the errors. It is 0.7 to 1.1 times with turbo types, and up to 1.2 times with q8_0."""
 
 DISTURBED = 2.0
-"""How much farther from f16 an operation may lead than the same types and window without it: other tokens, other chance."""
+"""How much farther from f16 an operation may lead than the same types and window without it: other tokens."""
 
 STORED_AGAIN = 2.0
 """The same where a shift of positions quantizes keys a second time, which doubles their squared error."""
 
 UNDISTURBED = 0.02
-"""Divergence from the same cache without the operation, in the divergence of both from f16: what other orders of sums, and
-the codes that they change, lead to where nothing may be lost."""
+"""Divergence from the same cache without the operation, in the divergence of both from f16: what other orders of sums,
+and the codes that they change, lead to where nothing may be lost."""
 
 ROUNDING = 5e-6
 """KL divergence of logits that are the same but for orders of sums, with f16: 3e-6 were seen."""
@@ -59,8 +59,8 @@ _libc.free.argtypes = [ctypes.c_void_p]
 
 @contextlib.contextmanager
 def overwritten_heap() -> Iterator[None]:
-    """Zeros for the length of the block where something was freed, as other work of a server leaves: what a stale pointer
-    finds there is wrong."""
+    """Zeros for the length of the block where something was freed, as other work of a server leaves: what a stale
+    pointer finds there is wrong."""
     taken = [_libc.calloc(1, size) for size in range(24, 1500, 16) for _ in range(3)]
     yield
     for place in taken:
@@ -75,9 +75,12 @@ class Cache(Sequences):
         self._kind, self._types = kind, types
         self.unified = options.get("unified", True)
         self.asked: list[object] = []
-        given = dict(sequences=SEQUENCES, swa_full=kind.swa_full, n_threads=1, n_threads_batch=1) | options
+        given = (
+            dict(sequences=1 if kind.alone else SEQUENCES, swa_full=kind.swa_full, n_threads=1, n_threads_batch=1)
+            | options
+        )
         # llama.cpp wants room for a token of each sequence in a batch, and texts that are read whole in one ubatch
-        given["n_batch"] = max(128, given["sequences"])
+        given.setdefault("n_batch", max(128, given["sequences"], given.get("n_ubatch", 0)))
         given.setdefault("n_ubatch", 64 if kind.reads == "tokens" and given["sequences"] <= 64 else given["n_batch"])
         if kind.architecture == "bert":
             given |= dict(embeddings=True, pooling_type=0)  # of each token
@@ -130,6 +133,16 @@ def batches_of_all_sizes(cache: Cache) -> np.ndarray:
         found.append(cache.prompt(TEXT[first : first + size], first=first))
         first += size
     return np.concatenate(found)[60:]
+
+
+def batch_longer_than_the_window(cache: Cache, step: int = 200) -> np.ndarray:
+    """More tokens at once than the ring of a sequence has room for, after as many as fill it."""
+    cache.prompt(TEXT[:100])
+    return np.concatenate([cache.prompt(TEXT[i : i + step], first=i) for i in range(100, 300, step)])
+
+
+def batches_shorter_than_the_window(cache: Cache) -> np.ndarray:
+    return batch_longer_than_the_window(cache, 20)
 
 
 def context_shift(cache: Cache) -> np.ndarray:
@@ -297,7 +310,7 @@ def chunks_used_again(cache: Cache) -> np.ndarray:
 
 
 def full(cache: Cache) -> np.ndarray:
-    """No cell is left; a part is dropped, the rest moves up if it can, and what comes takes the cells of what was dropped."""
+    """No cell is left; a part is dropped, the rest moves up if it can, and what comes takes the cells of that part."""
     length, step = cache.length, 64
     for first in range(0, length, step):
         entries = ((TEXT[(first + i) % 397], first + i, 0) for i in range(step))
@@ -345,6 +358,12 @@ def aborted(cache: Cache) -> np.ndarray:
     if not cache.ask(cache.try_to_remove(0, 60, -1)):
         cache.remove(0, -1, -1)
         return undisturbed(cache)
+    cache.prompt(TEXT[60:120], first=60)
+    return cache.rest()
+
+
+def read_in_two(cache: Cache) -> np.ndarray:
+    cache.prompt(TEXT[:60])
     cache.prompt(TEXT[60:120], first=60)
     return cache.rest()
 
@@ -438,15 +457,22 @@ class Operation:
     times: float = 1.0
     options: dict[str, object] = field(default_factory=dict)
     without_cache: bool = False
+    alone: bool = False
 
 
 OPERATIONS = {
-    "batch": Operation(batch, measure=batch, options=dict(n_threads_batch=2), without_cache=True),
-    "token by token": Operation(token_by_token, measure=batch),
-    "batches of all sizes": Operation(batches_of_all_sizes, measure=batch, options=dict(n_ubatch=128)),
-    "context shift": Operation(context_shift, whole_window=False, times=STORED_AGAIN),
-    "self-extend": Operation(self_extend, whole_window=False, times=2 * STORED_AGAIN),
-    "saved and restored": Operation(saved_and_restored, undisturbed),
+    "batch": Operation(batch, measure=batch, options=dict(n_threads_batch=2), without_cache=True, alone=True),
+    "token by token": Operation(token_by_token, measure=batch, alone=True),
+    "batches of all sizes": Operation(batches_of_all_sizes, measure=batch, options=dict(n_ubatch=128), alone=True),
+    "batch longer than the window": Operation(
+        batch_longer_than_the_window,
+        batches_shorter_than_the_window,
+        options=dict(sequences=1, length=512, n_ubatch=256),
+        alone=True,
+    ),
+    "context shift": Operation(context_shift, whole_window=False, times=STORED_AGAIN, alone=True),
+    "self-extend": Operation(self_extend, whole_window=False, times=2 * STORED_AGAIN, alone=True),
+    "saved and restored": Operation(saved_and_restored, undisturbed, alone=True),
     "saved into another context": Operation(saved_into_another, undisturbed),
     "saved into another window": Operation(saved_into_another_window, whole_window=False),
     "saved into no window": Operation(saved_into_none, whole_window=False),
@@ -454,31 +480,31 @@ OPERATIONS = {
     "saved into the other layout": Operation(saved_into_the_other_layout, undisturbed),
     "whole state": Operation(whole_state, undisturbed),
     "restored while another goes on": Operation(restored_while_another_goes_on, never_restored),
-    "restored to a checkpoint": Operation(restored_to_a_checkpoint, undisturbed, options=dict(n_rs_seq=16)),
+    "restored to a checkpoint": Operation(restored_to_a_checkpoint, undisturbed, options=dict(n_rs_seq=16), alone=True),
     "copied": Operation(copied, undisturbed),
     "copied, both go on": Operation(copied_and_both_go_on),
-    "rejected drafts": Operation(rejected_drafts, first_half_of_the_rest, options=dict(n_rs_seq=16)),
+    "rejected drafts": Operation(rejected_drafts, first_half_of_the_rest, options=dict(n_rs_seq=16), alone=True),
     "rejected long drafts": Operation(
-        rejected_long_drafts, first_half_of_the_rest, options=dict(n_rs_seq=63, n_ubatch=128)
+        rejected_long_drafts, first_half_of_the_rest, options=dict(n_rs_seq=63, n_ubatch=128), alone=True
     ),
-    "removed in the middle": Operation(removed_in_the_middle),
-    "prefix kept": Operation(prefix_kept, whole_window=False),
-    "chunks used again": Operation(chunks_used_again, whole_window=False, times=STORED_AGAIN),
-    "full": Operation(full, whole_window=False, times=STORED_AGAIN, options=dict(sequences=2)),
+    "removed in the middle": Operation(removed_in_the_middle, alone=True),
+    "prefix kept": Operation(prefix_kept, whole_window=False, alone=True),
+    "chunks used again": Operation(chunks_used_again, whole_window=False, times=STORED_AGAIN, alone=True),
+    "full": Operation(full, whole_window=False, times=2 * STORED_AGAIN, options=dict(sequences=2)),
     "emptied": Operation(emptied, undisturbed),
-    "emptied but for the data": Operation(emptied_but_for_the_data, undisturbed),
-    "aborted": Operation(aborted, undisturbed),
+    "emptied but for the data": Operation(emptied_but_for_the_data, undisturbed, alone=True),
+    "aborted": Operation(aborted, read_in_two, alone=True),
     "one kept": Operation(one_kept, undisturbed),
-    "embeddings": Operation(embeddings_alone, undisturbed),
-    "image between texts": Operation(image_between_texts),
+    "embeddings": Operation(embeddings_alone, undisturbed, alone=True),
+    "image between texts": Operation(image_between_texts, alone=True),
     "tokens of several sequences": Operation(tokens_of_several_sequences, whole_window=False),
-    "far position": Operation(far_position),
-    "1 sequence": Operation(one_sequence, options=dict(sequences=1)),
+    "far position": Operation(far_position, alone=True),
+    "1 sequence": Operation(one_sequence, options=dict(sequences=1), alone=True),
     "8 sequences": Operation(interleaved),
     "256 sequences": Operation(many_sequences, whole_window=False, measure=many_sequences, options=dict(sequences=256)),
-    "flash attention auto": Operation(undisturbed, options=dict(flash="auto"), without_cache=True),
+    "flash attention auto": Operation(undisturbed, options=dict(flash="auto"), without_cache=True, alone=True),
     "flash attention off": Operation(
-        undisturbed, whole_window=False, options=dict(flash="disabled"), without_cache=True
+        undisturbed, whole_window=False, options=dict(flash="disabled"), without_cache=True, alone=True
     ),
     "texts at once": Operation(texts_at_once, whole_window=False, measure=texts_at_once, without_cache=True),
 }
@@ -592,11 +618,11 @@ class Worker:
             bound = min(bound, DISTURBED * self._error(types, window, unified))
         return ROUNDING + what.times * bound
 
-    def opened(self, k: str | int, v: str | int) -> dict:
+    def opened(self, k: str | int, v: str | int, sequences: int = 1) -> dict:
         """A context of types that may be unfit, or numbers that are no types, and whether it works if there is one."""
         report(during=f"types {k} and {v}")
         try:
-            with Cache(self._kind, self._path, CacheTypes(k, v), model=self._model) as cache:
+            with Cache(self._kind, self._path, CacheTypes(k, v), model=self._model, sequences=sequences) as cache:
                 return dict(finite=bool(np.isfinite(undisturbed(cache)).all()))
         except RefusedError as error:
             return dict(refused=str(error))

@@ -28,9 +28,9 @@ class RefusedError(AssertionError):
 class Sequences:
     """A context of several sequences. A context manager.
 
-    model: of the file, if it is open already; it stays so. types: names, or numbers of ggml_type. window, sinks: tokens;
-    None: the default of the types. length: cells for each sequence. flash: attention: "enabled", which is the default where
-    the types are not EXACT, "disabled" or "auto". other: of llama_context_params.
+    model: of the file, if it is open already; it stays so. types: names, or numbers of ggml_type. window, sinks:
+    tokens; None: the default of the types. length: cells for each sequence. flash: attention: "enabled", which is the
+    default where the types are not EXACT, "disabled" or "auto". other: of llama_context_params.
     """
 
     def __init__(
@@ -104,7 +104,8 @@ class Sequences:
 
     def encode(self, tokens: list[int]) -> int:
         """What llama_encode says of a text, in sequence 0."""
-        return self._batch(self.llama.llama_encode, [(token, i, 0) for i, token in enumerate(tokens)], None, outputs=True)
+        entries = [(token, i, 0) for i, token in enumerate(tokens)]
+        return self._batch(self.llama.llama_encode, entries, None, outputs=True)
 
     def _batch(
         self, compute: Callable, entries: Sequence[Entry], embeddings: np.ndarray | None, outputs: bool
