@@ -46,6 +46,11 @@ class Kind:
         """Whether values are a part of the keys, so that both have one type."""
         return "attention.key_length_mla" in self.keys or self.architecture == "deepseek4"
 
+    @property
+    def picks(self) -> bool:
+        """Whether attention sees only keys that an indexer picks."""
+        return any(key.startswith("attention.indexer") for key in self.keys)
+
 
 _COMMON = {
     "context_length": 16384,

@@ -139,6 +139,7 @@ STOCK_ABORTS = {
     ("hybrid, sliding window", "streams"): (  # no layer is in the cache of those without a window, whose graph is empty
         "context shift", "self-extend", "chunks used again", "full",
     ),
+    ("encoder and decoder", "unified"): ("saved into the other layout",),  # which is streams
     ("hybrid, indexed", "unified"): ("full", "far position"),  # positions are no farther than cells
     ("hybrid, indexed", "streams"): ("full", "far position"),
     ("compressed", "unified"): ("far position",),
@@ -250,7 +251,7 @@ REFUSED = [
     ("MLA", "turbo4", "turbo3", 1, "different K .turbo4. and V .turbo3."),
     ("MLA", "f16", "turbo4", 1, "different K .f16. and V .turbo4."),
     ("compressed", "turbo4", "f16", 1, "different K .turbo4. and V .f16."),
-    ("compressed", "turbo4", "turbo4", 2, "one sequence"),
+    ("compressed", "turbo4", "turbo4", 2, "Use one sequence"),
 ]
 
 

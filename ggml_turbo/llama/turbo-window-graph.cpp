@@ -32,6 +32,9 @@ llm_graph_input_turbo_window::llm_graph_input_turbo_window(
     window_mask = ggml_new_tensor_4d(ctx, GGML_TYPE_F16, slots + n_queries, n_queries, 1, n_streams);
     columns     = ggml_new_tensor_4d(ctx, GGML_TYPE_I32, kq_mask->ne[0], 1, 1, n_streams);
     rows        = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n_tokens);
+    ggml_set_name(window_mask, "turbo_window_mask");
+    ggml_set_name(columns,     "turbo_window_columns");
+    ggml_set_name(rows,        "turbo_window_rows");
     for (ggml_tensor * t : { window_mask, columns, rows }) {
         ggml_set_input(t);
     }
