@@ -369,12 +369,6 @@ def aborted(cache: Cache) -> np.ndarray:
     return cache.rest()
 
 
-def read_in_two(cache: Cache) -> np.ndarray:
-    cache.prompt(TEXT[:60])
-    cache.prompt(TEXT[60:120], first=60)
-    return cache.rest()
-
-
 def one_kept(cache: Cache) -> np.ndarray:
     for sequence in range(3):
         cache.prompt(TEXT[:120] if sequence == 1 else TEXT[200:280], sequence)
@@ -493,7 +487,7 @@ OPERATIONS = {
     "rejected drafts": Operation(rejected_drafts, first_half_of_the_rest, options=dict(n_rs_seq=16), alone=True),
     "rejected long drafts": Operation(
         # in a context that saves memory enough for a window and a draft, whatever the types
-        rejected_long_drafts, first_half_of_the_rest, options=dict(n_rs_seq=63, n_ubatch=128, length=512), alone=True
+        rejected_long_drafts, first_half_of_the_rest, options=dict(n_rs_seq=63, n_ubatch=128, length=1024), alone=True
     ),
     "removed in the middle": Operation(removed_in_the_middle, alone=True),
     "prefix kept": Operation(prefix_kept, whole_window=False, alone=True),
@@ -501,14 +495,14 @@ OPERATIONS = {
     "full": Operation(full, whole_window=False, times=2 * STORED_AGAIN, options=dict(sequences=2)),
     "emptied": Operation(emptied, undisturbed),
     "emptied but for the data": Operation(emptied_but_for_the_data, undisturbed, alone=True),
-    "aborted": Operation(aborted, read_in_two, alone=True),
+    "aborted": Operation(aborted, whole_window=False, alone=True),  # what the given up batch took the place of is gone
     "one kept": Operation(one_kept, undisturbed),
     "embeddings": Operation(embeddings_alone, undisturbed, alone=True),
     "image between texts": Operation(image_between_texts, alone=True),
     "tokens of several sequences": Operation(tokens_of_several_sequences, whole_window=False),
     "far position": Operation(far_position, alone=True),
-    "1 sequence": Operation(one_sequence, options=dict(sequences=1), alone=True),
-    "8 sequences": Operation(interleaved),
+    "1 sequence": Operation(one_sequence, times=1.25, options=dict(sequences=1), alone=True),
+    "8 sequences": Operation(interleaved, whole_window=False),  # caches of sliding windows have no room for those of all
     "256 sequences": Operation(many_sequences, whole_window=False, measure=many_sequences, options=dict(sequences=256)),
     "flash attention auto": Operation(undisturbed, options=dict(flash="auto"), without_cache=True, alone=True),
     "flash attention off": Operation(

@@ -8,6 +8,8 @@
 #include "llama-model.h"
 #include "turbo-cache-types.h"
 
+#include <algorithm>
+
 std::unique_ptr<llama_turbo_kv> llama_turbo_kv::make(llama_kv_cache & cache) {
     auto made = std::make_unique<llama_turbo_kv>();
     if (cache.layers.empty()) {
@@ -60,15 +62,20 @@ uint32_t llama_turbo_kv::layer(const llama_kv_cache_context * batch, int32_t il)
     return batch->kv->map_layer_ids.at(il);
 }
 
+uint32_t llama_turbo_kv::users(const llama_kv_cache_context * batch, uint32_t layer) {
+    const auto & layers = batch->kv->map_layer_ids;
+    return std::count_if(layers.begin(), layers.end(), [layer](const auto & entry) { return (uint32_t) entry.second == layer; });
+}
+
 uint32_t llama_turbo_kv::first_stream(const llama_kv_cache_context * batch) {
     return batch->sinfos[batch->i_cur].s0;
 }
 
 void llama_turbo_kv::set_window_inputs(
         const llama_kv_cache_context * batch, const llama_ubatch & ubatch, const ggml_tensor * mask, ggml_tensor * window_mask,
-        ggml_tensor * columns, ggml_tensor * rows) {
+        ggml_tensor * columns, ggml_tensor * rows, bool stores) {
     of(batch).window->set_inputs(
-        window_places(batch->sinfos[batch->i_cur]), ubatch, batch->kv->v_cells, mask, window_mask, columns, rows);
+        window_places(batch->sinfos[batch->i_cur]), ubatch, batch->kv->v_cells, mask, window_mask, columns, rows, stores);
 }
 
 ggml_tensor * llama_turbo_kv::shift(

@@ -36,12 +36,15 @@ struct llama_turbo_kv {
     // The index that the cache has for a layer of the model.
     static uint32_t layer(const llama_kv_cache_context * batch, int32_t il);
 
+    // How many layers of the model have the cache's layer of this index.
+    static uint32_t users(const llama_kv_cache_context * batch, uint32_t layer);
+
     // The first stream of a batch.
     static uint32_t first_stream(const llama_kv_cache_context * batch);
 
     static void set_window_inputs(
         const llama_kv_cache_context * batch, const llama_ubatch & ubatch, const ggml_tensor * mask, ggml_tensor * window_mask,
-        ggml_tensor * columns, ggml_tensor * rows);
+        ggml_tensor * columns, ggml_tensor * rows, bool stores);
 
     // The node that moves a quantized layer's keys to other positions, one shift for each cell; null for other types, which
     // llama.cpp moves itself. rotation: of the cache's keys, null if there is none; the rest as ggml_rope_ext takes it.

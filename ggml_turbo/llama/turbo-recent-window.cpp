@@ -116,8 +116,8 @@ std::shared_ptr<llama_turbo_window> llama_turbo_window::make(
     LLAMA_LOG_INFO("llama_kv_cache: recent window: the last %u tokens and the first %u of each sequence in f16, %.2f MiB (room for %u tokens)\n",
         sizes.recent, sizes.sinks, bytes/1024.0/1024.0, n_stream*(made->n_slots - 1));
     if ((uint64_t) n_seq*(sizes.sinks + sizes.recent) >= made->n_slots) {
-        LLAMA_LOG_WARN("llama_kv_cache: recent window: more room would take more memory than an f16 cache, so %u sequences at once have "
-            "shorter windows: give each a longer context, or use fewer sequences\n", n_seq);
+        LLAMA_LOG_WARN("llama_kv_cache: recent window: it is shorter while all of %u sequences are in use, since more room would take more "
+            "memory than an f16 cache: a longer context makes room\n", n_seq);
     }
     return made;
 }
@@ -263,7 +263,7 @@ void llama_turbo_window::spoil(uint32_t stream, uint32_t slot) const {
 
 void llama_turbo_window::set_inputs(
         const std::vector<place> & places, const llama_ubatch & ubatch, const std::vector<llama_kv_cells> & cells,
-        const ggml_tensor * mask, ggml_tensor * window_mask, ggml_tensor * columns, ggml_tensor * rows) {
+        const ggml_tensor * mask, ggml_tensor * window_mask, ggml_tensor * columns, ggml_tensor * rows, bool stores) {
     const int64_t n_streams = mask->ne[3], n_queries = places.size()/n_streams;
 
     struct candidate { // a key that is at hand in full precision
@@ -313,10 +313,12 @@ void llama_turbo_window::set_inputs(
     for (int64_t s = 0; s < n_streams; ++s) {
         const uint32_t stream = places[s*n_queries].stream;
         arrivals.clear();
-        for (int64_t i = s*n_queries; i < (s + 1)*n_queries; ++i) {
+        for (int64_t i = s*n_queries; stores && i < (s + 1)*n_queries; ++i) {
             arrivals.push_back({ places[i].cell, ubatch.seq_id[i][0] });
         }
-        for (uint32_t slot : admit(stream, cells[stream], arrivals)) {
+        std::vector<uint32_t> slots = admit(stream, cells[stream], arrivals);
+        slots.resize(n_queries, n_slots - 1);
+        for (uint32_t slot : slots) {
             *row++ = (int64_t) stream*n_slots + slot;
         }
     }

@@ -82,10 +82,11 @@ public:
     static bool skip(llama_io_read_i & io, size_t n_cells);
 
     // Inputs of a graph. places: of the batch's tokens, those of a stream together. mask: of the cache, which is set. The
-    // next two are attention's (turbo-window.h); rows: I64 [tokens], of the ring.
+    // next two are attention's (turbo-window.h); rows: I64 [tokens], of the ring. stores: the graph stores the batch's tokens
+    // in all rings; otherwise none is kept.
     void set_inputs(
         const std::vector<place> & places, const llama_ubatch & ubatch, const std::vector<llama_kv_cells> & cells,
-        const ggml_tensor * mask, ggml_tensor * window_mask, ggml_tensor * columns, ggml_tensor * rows);
+        const ggml_tensor * mask, ggml_tensor * window_mask, ggml_tensor * columns, ggml_tensor * rows, bool stores);
 
 private:
     struct entry {

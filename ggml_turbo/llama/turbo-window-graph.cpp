@@ -8,6 +8,8 @@
 #include "llama-memory-hybrid.h"
 #include "turbo-window.h"
 
+#include <algorithm>
+
 // A batch's part in the cache whose keys and values a layer attends to; null if its memory is of a kind not known here.
 static const llama_kv_cache_context * cache_of(const llama_memory_context_i * memory, bool is_swa) {
     if (const auto * hybrid = dynamic_cast<const llama_memory_hybrid_context *>(memory)) {
@@ -41,8 +43,9 @@ llm_graph_input_turbo_window::llm_graph_input_turbo_window(
 }
 
 void llm_graph_input_turbo_window::set_input(const llama_ubatch * ubatch) {
+    const bool stores = std::all_of(own.begin(), own.end(), [](const auto & layer) { return layer.second.users == 0; });
     // kq_mask was set just before: inputs are set in the order they were added in
-    llama_turbo_kv::set_window_inputs(batch, *ubatch, kq_mask, window_mask, columns, rows);
+    llama_turbo_kv::set_window_inputs(batch, *ubatch, kq_mask, window_mask, columns, rows, stores);
 }
 
 bool llm_graph_input_turbo_window::can_reuse(const llm_graph_params & params) {
@@ -89,9 +92,9 @@ ggml_tensor * llama_turbo_attend(
         input = static_cast<llm_graph_input_turbo_window *>(res->add_input(std::move(made)));
     }
     if (k_cur) {
-        input->own[layer] = { k_cur, v_cur };
+        input->own[layer] = { k_cur, v_cur, llama_turbo_kv::users(batch, layer) };
     }
-    const auto [own_k, own_v] = input->own.at(layer);
+    auto & own = input->own.at(layer);
     const int64_t  n_streams = k->ne[3];
     const uint32_t first     = llama_turbo_kv::first_stream(batch);
 
@@ -102,17 +105,17 @@ ggml_tensor * llama_turbo_attend(
     sources[TURBO_WINDOW_MASK]    = kq_mask;
     sources[TURBO_WINDOW_SINKS]   = sinks;
     sources[TURBO_WINDOW_RING]    = window->ring(ctx, layer, first, n_streams);
-    sources[TURBO_WINDOW_NEW_K]   = by_stream(ctx, own_k, n_streams);
-    sources[TURBO_WINDOW_NEW_V]   = by_stream(ctx, own_v, n_streams);
+    sources[TURBO_WINDOW_NEW_K]   = by_stream(ctx, own.k, n_streams);
+    sources[TURBO_WINDOW_NEW_V]   = by_stream(ctx, own.v, n_streams);
     sources[TURBO_WINDOW_MASK_W]  = input->window_mask;
     sources[TURBO_WINDOW_COLUMNS] = input->columns;
     ggml_tensor * cur = turbo_window_attention(
         ctx, sources, kq_scale, hparams.f_max_alibi_bias, hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f);
     cur = ggml_reshape_2d(ctx, cur, cur->ne[0]*cur->ne[1], cur->ne[2]*cur->ne[3]);
     ggml_build_forward_expand(gf, cur);
-    if (k_cur) { // after attention, which sees the ring as it was before this batch
-        ggml_build_forward_expand(gf, window->store_k(ctx, layer, k_cur, input->rows));
-        ggml_build_forward_expand(gf, window->store_v(ctx, layer, v_cur, input->rows));
+    if (--own.users == 0) { // all that attend to the ring see it as it was before this batch
+        ggml_build_forward_expand(gf, window->store_k(ctx, layer, own.k, input->rows));
+        ggml_build_forward_expand(gf, window->store_v(ctx, layer, own.v, input->rows));
     }
     return cur;
 }

@@ -7,7 +7,6 @@
 #include "llama-graph.h"
 
 #include <map>
-#include <utility>
 
 // The inputs of all layers that have a cache in common.
 class llm_graph_input_turbo_window : public llm_graph_input_i {
@@ -24,8 +23,12 @@ public:
     ggml_tensor * window_mask, * columns; // as attention takes them
     ggml_tensor * rows;                   // I64 [tokens]: where the ring keeps them
 
-    // By the cache's index of a layer: keys and values of the batch, for layers that share them.
-    std::map<uint32_t, std::pair<ggml_tensor *, ggml_tensor *>> own;
+    // Keys and values of the batch.
+    struct own_tokens {
+        ggml_tensor * k, * v;
+        uint32_t      users; // layers of the model that share them and have not attended to them yet
+    };
+    std::map<uint32_t, own_tokens> own; // by the cache's index of a layer
 
 private:
     const llama_kv_cache_context * batch; // of the batch at hand: it lives no longer than that, the graph does
