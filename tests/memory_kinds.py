@@ -188,8 +188,8 @@ KINDS = {
         | _HYPER
         | {"attention.head_count_kv": [0, 1], "rope.dimension_count": 0, "attention.key_length": 512},
     ),
-    "MLA": Kind("deepseek2", _LATENT),
-    "MLA, large channels": Kind("deepseek2", _LATENT, latent_outliers=True),
+    "MLA": Kind("deepseek2", _LATENT, factors={"attn_q_b": 1 / 3}),
+    "MLA, large channels": Kind("deepseek2", _LATENT, factors={"attn_q_b": 1 / 3}, latent_outliers=True),
     "MLA, shape of GLM-4.7-Flash": Kind(
         "deepseek2", _LATENT | {"attention.key_length_mla": 256, "attention.value_length_mla": 256}
     ),

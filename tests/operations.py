@@ -44,9 +44,10 @@ DISTURBED = 2.0
 STORED_AGAIN = 2.0
 """The same where a shift of positions quantizes keys a second time, which doubles their squared error."""
 
-OUTLIERS = 1.5
-"""The same with outliers in latent vectors: a channel 12 times as large makes the error of the others of its block 3.2 times
-as large, of half of the blocks, and no rotation takes that back."""
+OUTLIERS = 1.6
+"""The same for a model whose latent vectors have a few large channels, where one without is the measure. Four of 512
+that are twelve times as large make the mean square 2.1 times as large, and with it the error, if keys are rotated; else
+it is 4.8 times. So less is left to spare than MORE_THAN_STOCK has."""
 
 PICKED = 2.0
 """The same where attention picks some keys: small errors change which."""
@@ -418,7 +419,7 @@ def interleaved(cache: Cache, sequences: int = 8, length: int = 90) -> np.ndarra
     for first in range(0, len(entries), 128):
         assert cache.decode(*entries[first : first + 128]) == 0
     lengths, found = [length] * sequences, []
-    for i in range(6):
+    for i in range(24 if sequences == 1 else 6):
         taking_part = [sequence for sequence in range(sequences) if sequences == 1 or (sequence + i) % 3]
         for first in range(0, len(taking_part), 128):
             some = taking_part[first : first + 128]
@@ -449,6 +450,7 @@ class Operation:
     like: what has the same tokens in the cache without it, so that nothing may be lost. whole_window: the recent window
     gains as much as after a text that is read from its beginning. measure: what shows the error of a type, and how many
     times as much is right. options: of the context. without_cache: it is something for models that keep nothing.
+    alone: with one sequence. crowds: with more windows, or longer ones, than a short cache may have room for.
     """
 
     act: Callable[[Cache], np.ndarray]
@@ -459,6 +461,7 @@ class Operation:
     options: dict[str, object] = field(default_factory=dict)
     without_cache: bool = False
     alone: bool = False
+    crowds: bool = False
 
 
 OPERATIONS = {
@@ -484,7 +487,9 @@ OPERATIONS = {
     "restored to a checkpoint": Operation(restored_to_a_checkpoint, undisturbed, options=dict(n_rs_seq=16), alone=True),
     "copied": Operation(copied, undisturbed),
     "copied, both go on": Operation(copied_and_both_go_on),
-    "rejected drafts": Operation(rejected_drafts, first_half_of_the_rest, options=dict(n_rs_seq=16), alone=True),
+    "rejected drafts": Operation(
+        rejected_drafts, first_half_of_the_rest, options=dict(n_rs_seq=16), alone=True, crowds=True
+    ),
     "rejected long drafts": Operation(
         # in a context that saves memory enough for a window and a draft, whatever the types
         rejected_long_drafts, first_half_of_the_rest, options=dict(n_rs_seq=63, n_ubatch=128, length=1024), alone=True
@@ -495,14 +500,14 @@ OPERATIONS = {
     "full": Operation(full, whole_window=False, times=2 * STORED_AGAIN, options=dict(sequences=2)),
     "emptied": Operation(emptied, undisturbed),
     "emptied but for the data": Operation(emptied_but_for_the_data, undisturbed, alone=True),
-    "aborted": Operation(aborted, whole_window=False, alone=True),  # what the given up batch took the place of is gone
+    "aborted": Operation(aborted, read_in_two, alone=True, crowds=True),
     "one kept": Operation(one_kept, undisturbed),
     "embeddings": Operation(embeddings_alone, undisturbed, alone=True),
     "image between texts": Operation(image_between_texts, alone=True),
     "tokens of several sequences": Operation(tokens_of_several_sequences, whole_window=False),
     "far position": Operation(far_position, alone=True),
-    "1 sequence": Operation(one_sequence, times=1.25, options=dict(sequences=1), alone=True),
-    "8 sequences": Operation(interleaved, whole_window=False),  # caches of sliding windows have no room for those of all
+    "1 sequence": Operation(one_sequence, options=dict(sequences=1), alone=True),
+    "8 sequences": Operation(interleaved, crowds=True),
     "256 sequences": Operation(many_sequences, whole_window=False, measure=many_sequences, options=dict(sequences=256)),
     "flash attention auto": Operation(undisturbed, options=dict(flash="auto"), without_cache=True, alone=True),
     "flash attention off": Operation(
@@ -569,11 +574,11 @@ class Worker:
     @cache
     def _rows(
         self, path: Path, act: Callable, types: CacheTypes, window: int | None, unified: bool, options: tuple
-    ) -> tuple[np.ndarray, list]:
-        """Logits, and what the memory said."""
+    ) -> tuple[np.ndarray, list, bool]:
+        """Logits, what the memory said, and whether there is no room for the windows of all sequences."""
         given = dict(model=self._model if path == self._path else None, window=window, unified=unified, **dict(options))
         with Cache(self._kind, path, types, **given) as cache:
-            return act(cache), cache.asked
+            return act(cache), cache.asked, "shorter while all" in cache.log
 
     @cache
     def _error(
@@ -590,10 +595,10 @@ class Worker:
         what, pair = OPERATIONS[operation], CacheTypes(*types.split(":")) if ":" in types else CacheTypes(types, types)
         options = tuple(what.options.items())
         report(during="f16")
-        exact, said = self._rows(self._path, what.act, F16, 0, unified, options)
+        exact, said, _ = self._rows(self._path, what.act, F16, 0, unified, options)
         report(during=types)
         try:
-            found, also = self._rows(self._path, what.act, pair, window, unified, options)
+            found, also, shorter = self._rows(self._path, what.act, pair, window, unified, options)
         except RefusedError as error:
             return dict(refused=str(error))
         report(during=f"{types} without the operation")
@@ -601,8 +606,9 @@ class Worker:
         if not answer["finite"]:
             return answer
         answer["kl"] = compare(exact, found).kl_mean
-        answer["bound"] = self._bound(what, pair, window, unified)
-        if what.like and said == also and False not in said:
+        crowded = what.crowds and shorter
+        answer["bound"] = self._bound(what, pair, window if what.whole_window and not crowded else 0, unified)
+        if what.like and said == also and False not in said and not crowded:
             before, before_in_f16 = (
                 self._rows(self._path, what.like, kind, ring, unified, options)[0]
                 for kind, ring in ((pair, window), (F16, 0))
@@ -617,10 +623,18 @@ class Worker:
     def _bound(self, what: Operation, types: CacheTypes, window: int | None, unified: bool) -> float:
         """Of the divergence from f16."""
         bound = MORE_THAN_STOCK * relative_error(types) * self._error(STOCK, 0, unified, what.measure)
-        if window is None and what.whole_window:
+        if window is None:
             bound = min(bound, DISTURBED * self._error(types, window, unified))
         factor = (OUTLIERS if self._kind.latent_outliers else 1) * (PICKED if self._kind.picks else 1)
         return ROUNDING + what.times * factor * bound
+
+    def windowed(self, types: str) -> dict:
+        """Whether the log says that there is a recent window, and what it gains."""
+        pair = CacheTypes(types, types)
+        report(during=f"{types} with a window")
+        with Cache(self._kind, self._path, pair, model=self._model, window=None) as cache:
+            said = "recent window: the last" in cache.log
+        return dict(said=said, kl=self._error(pair, None, True), without=self._error(pair, 0, True))
 
     def opened(self, k: str | int, v: str | int, sequences: int = 1) -> dict:
         """A context of types that may be unfit, or numbers that are no types, and whether it works if there is one."""
@@ -653,7 +667,7 @@ class Worker:
 
 def logged_size(log: str) -> float:
     """MiB of all caches, states and windows."""
-    sizes = re.findall(r"(?:llama_(?:kv_cache|memory)\w*: size = +| in f16, )([\d.]+) MiB", log)
+    sizes = re.findall(r"(?:(?<!buffer )size = +| in f16, )([\d.]+) MiB", log)
     return sum(map(float, sizes))
 
 

@@ -142,6 +142,7 @@ STOCK_ABORTS = {
     ("encoder and decoder", "unified"): ("saved into the other layout",),  # which is streams
     ("hybrid, indexed", "unified"): ("full", "far position"),  # positions are no farther than cells
     ("hybrid, indexed", "streams"): ("full", "far position"),
+    ("encoder and decoder", "unified"): ("saved into the other layout",),
     ("compressed", "unified"): ("far position",),
     ("compressed", "streams"): ("far position",),
 }  # fmt: skip
@@ -196,6 +197,16 @@ def wrong(answer: dict, refusal: Refusal | None) -> str:
     if "lost" in answer and answer["lost"] > answer["may_lose"]:
         faults.append(f"{answer['lost']:.2e} from the same without the operation, at most {answer['may_lose']:.2e}")
     return "; ".join(faults)
+
+
+@pytest.mark.parametrize("question", [dict(do="windowed", types="turbo3")], ids=["turbo3"])
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_a_window_is_there_if_the_log_says_so(answers, kind, question):
+    answer = answers(kind, question)
+    if "died" in answer:
+        pytest.fail(answer["died"], pytrace=False)
+    assert (answer["kl"] < 0.8 * answer["without"]) == answer["said"]
+    assert answer["kl"] == answer["without"] or answer["said"]
 
 
 def sizes() -> list:
