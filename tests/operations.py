@@ -370,6 +370,12 @@ def aborted(cache: Cache) -> np.ndarray:
     return cache.rest()
 
 
+def read_in_two(cache: Cache) -> np.ndarray:
+    cache.prompt(TEXT[:60])
+    cache.prompt(TEXT[60:120], first=60)
+    return cache.rest()
+
+
 def one_kept(cache: Cache) -> np.ndarray:
     for sequence in range(3):
         cache.prompt(TEXT[:120] if sequence == 1 else TEXT[200:280], sequence)

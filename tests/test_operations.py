@@ -142,7 +142,6 @@ STOCK_ABORTS = {
     ("encoder and decoder", "unified"): ("saved into the other layout",),  # which is streams
     ("hybrid, indexed", "unified"): ("full", "far position"),  # positions are no farther than cells
     ("hybrid, indexed", "streams"): ("full", "far position"),
-    ("encoder and decoder", "unified"): ("saved into the other layout",),
     ("compressed", "unified"): ("far position",),
     ("compressed", "streams"): ("far position",),
 }  # fmt: skip
