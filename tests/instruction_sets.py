@@ -64,7 +64,7 @@ def compile(build: str, output: Path, sources: list[Path], *flags: str) -> list[
         machine_flags = _for_this_processor(machine_flags)
 
     common = ["-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror",
-              "-Wno-maybe-uninitialized",  # GCC 12 warns of its own AVX-512 headers
+              "-Wno-maybe-uninitialized", "-Wno-uninitialized",  # GCC 12 warns of its own AVX-512 headers
               f"-I{SOURCE}", *machine_flags, *flags]
     objects = []
     for source in sources:

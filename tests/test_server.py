@@ -7,7 +7,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from sequences import WINDOW_SLOTS
+from sequences import window_slots
 import turboquant_gguf
 from turboquant_gguf import cachefacts, models, server
 from turboquant_gguf.cachetypes import CacheTypes, UnknownTypeError
@@ -43,7 +43,7 @@ def test_cache_is_what_was_asked_for(start, pair):
     assert facts.cells == CONTEXT
     expected = CONTEXT * values * (bits[types.k] + bits[types.v]) / 8
     if "turbo" in pair:  # the recent window, in f16: of each of the 4 sequences that llama-server makes room for
-        expected += (4 * WINDOW_SLOTS + 1) * values * 2 * 2
+        expected += window_slots(4) * values * 2 * 2
     assert facts.size == pytest.approx(expected, abs=0.016 * cachefacts.MIB)  # llama.cpp prints each to 0.01 MiB
     assert answer.tokens > 0 and answer.decode_speed > 0
     if "turbo2" not in pair:  # a model this small may lose the thread at 2 bits
