@@ -98,6 +98,11 @@ class Sequences:
         assert self.decode(*entries) == 0
         return self.logits(len(entries))
 
+    @property
+    def messages(self) -> list[str]:
+        """All that libllama has logged with this model so far."""
+        return self._model.log
+
     def logits(self, count: int) -> np.ndarray:
         """Of the last batch's outputs: float32 (count, vocabulary)."""
         logits = self.llama.llama_get_logits(self.context)

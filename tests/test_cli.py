@@ -106,7 +106,7 @@ def test_table_without_f16_compares_with_nothing():
         (["bench", "--basline", "."], 2, "Did you mean '--baseline'?"),
         (["bench", "--prefill", "0", "--decode", "0"], 2, "nothing to measure"),
         (["bench", "--plot", "speed.jpg"], 2, "'speed.jpg' does not end in .png"),
-        (["bench", "--plot", "absent/speed.png"], 2, "There is no folder absent."),
+        (["bench", "--plot", "absent/speed.png"], 2, "absent to write speed.png into."),
         (["bench", "absent.gguf"], 1, "There is no model file absent.gguf."),
         (["bench", "--baseline", "absent"], 1, "There is no llama-bench in absent."),
         (["dmo"], 2, "Did you mean 'demo'?"),

@@ -287,7 +287,7 @@ def test_a_damaged_window_of_a_state_is_refused(what, tiny):
         state[begin + offset : begin + offset + size] = b"\xff" * size
         data = (ctypes.c_uint8 * len(state)).from_buffer(state)
         assert not cache.llama.llama_state_seq_set_data(cache.context, data, len(state), 1)
-        assert "recent window of this state is damaged" in cache.log
+        assert "recent window of this state is damaged" in "".join(cache.messages)
         assert cache.llama.llama_memory_seq_pos_max(cache.memory, 1) == -1
         cache.remove(0, 60, -1)
         assert compare(expected, cache.answer(SMALL_PROMPT[60:70], 60)).relative_error < 1e-3

@@ -37,8 +37,15 @@ def check_folder(output: Path) -> None:
     folder = output.absolute().parent
     if not folder.is_dir():
         raise TurboquantError(f"There is no folder {folder} to write {output.name} into.")
-    if not _is_stream(output) and not os.access(folder, os.W_OK | os.X_OK):
-        raise TurboquantError(f"{output.name} cannot be written into {folder}, which is read-only. Write it elsewhere.")
+    if _is_stream(output):
+        return
+    try:  # permissions do not tell everything
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise TurboquantError(
+            f"{output.name} cannot be written into {folder}: {error.strerror}. Write it elsewhere."
+        ) from error
 
 
 def check_space(output: Path, size: int) -> None:
