@@ -61,7 +61,7 @@ def test_the_best_that_fits(smollm2):
     }
     fitting = [one for one in found.candidates if one.fits]
     assert found.best.predicted == min(one.predicted for one in fitting)
-    assert not any(one.types in ("f16", "q8_0", "q5_0", "q4_0") for one in fitting)
+    assert not any(one.types in ("f16", "q8_0", "q5_0") for one in fitting)  # q4_0, without a window, is as small here
     assert all((one.longest_context >= CONTEXT) == one.fits for one in found.candidates)
 
 

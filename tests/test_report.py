@@ -159,7 +159,7 @@ def test_damaged_files_are_sentences(full, seed):
         for at in rng.integers(100, len(content), 4 ** rng.integers(1, 5)):
             content[at] = rng.integers(256)
         full.write_bytes(content)
-        for options in (["--json"], [], ["-o", full.with_name("r.csv"), "-o", full.with_name("r.md")]):
+        for options in (["--json"], [], ["--force", "-o", full.with_name("r.csv"), "-o", full.with_name("r.md")]):
             done = CliRunner().invoke(command, [str(full), *map(str, options)])
             if isinstance(done.exception, TurboquantError):
                 refused += str(full) in str(done.exception)
