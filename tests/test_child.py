@@ -63,10 +63,15 @@ def test_there_is_no_such_program():
 @in_proc
 def test_a_child_and_its_children_end_with_the_block(monkeypatch):
     monkeypatch.setattr(child, "GRACE_SECONDS", 0.5)
+    before = descendants(os.getpid())  # of other tests, such as what multiprocessing leaves
+
+    def ours() -> dict[int, str]:
+        return {pid: name for pid, name in descendants(os.getpid()).items() if pid not in before}
+
     with child.running(["sh", "-c", "trap '' TERM; sleep 1000 & sleep 1001 & echo; wait"], stdout=-1) as process:
         process.stdout.readline()
-        until(lambda: sorted(descendants(os.getpid()).values()) == ["sh", "sh", "sleep", "sleep"])
-        started = descendants(os.getpid())
+        until(lambda: sorted(ours().values()) == ["sh", "sh", "sleep", "sleep"])
+        started = ours()
     assert not alive(started)
 
 

@@ -257,7 +257,7 @@ def test_without_f16_there_is_nothing_to_compare_with(tiny, tmp_path):
         (["--trials", "0"], 2, "0 is not in the range"),
         (["--text", "absent.txt"], 2, "absent.txt"),
         (["--plot", "found.jpg"], 2, "'found.jpg' does not end in .png"),
-        (["--plot", "absent/found.png"], 2, "There is no folder absent."),
+        (["--plot", "absent/found.png"], 2, "absent to write found.png into."),
     ],
 )
 def test_errors_are_sentences(tiny, options, code, sentence):

@@ -83,7 +83,7 @@ def test_predictions_follow_what_was_measured_of_the_model(smollm2, tmp_path):
 
 
 def test_measurements_of_the_model_go_before_predictions(smollm2, calibrated, tmp_path):
-    memory = total(smollm2, "q4_0")
+    memory = total(smollm2, "turbo4")
     predicted = recommend(smollm2, memory=memory, context=CONTEXT)
     assert predicted.best.measured is None and "should lose least" in predicted.reason
     # against all experience, turbo2 is the best of this model
