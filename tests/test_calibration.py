@@ -369,7 +369,7 @@ def test_channels_with_outliers(smollm2_folder, tmp_path):
     assert compare(truth, run_gguf(models[1], PROMPT, cache)).kl_mean > 1
     losses = []
     for model in models:
-        done = quietly(model, model.with_suffix(".calibrated.gguf"), tokens=1024)
+        done = quietly(model, model.with_suffix(".calibrated.gguf"), tokens=1024, context=1024)
         losses.append(compare(truth, run_gguf(done.path, PROMPT, cache)).kl_mean)
     assert losses[1] < 1.2 * losses[0]
 
@@ -509,27 +509,31 @@ def test_only_metadata_changes(smollm2, calibrated):
     assert data[0] == data[1]
 
 
-def test_again_it_writes_the_same_file(calibrated, tmp_path):
-    again = quietly(calibrated, tmp_path / "again.gguf")  # a calibrated model is measured as if it were not
-    assert again.path.read_bytes() == calibrated.read_bytes()
+def test_again_it_writes_the_same_file(calibrated_for_1024, tmp_path):
+    """A calibrated model is measured as if it were not."""
+    again = quietly(calibrated_for_1024, tmp_path / "again.gguf", context=1024)
+    assert again.path.read_bytes() == calibrated_for_1024.read_bytes()
 
 
 def test_seed_and_length_choose_the_text(smollm2, tmp_path):
     text = tmp_path / "long.txt"
     text.write_text("".join(f"Line {number} says {number * number}. " for number in range(600)))
     a, b, c = (
-        quietly(smollm2, tmp_path / f"{name}.gguf", text=text, tokens=512, seed=seed)
+        quietly(smollm2, tmp_path / f"{name}.gguf", text=text, tokens=512, context=512, seed=seed)
         for name, seed in (("a", 1), ("b", 1), ("c", 2))
     )
     assert a.tokens == 512
     assert a.path.read_bytes() == b.path.read_bytes() != c.path.read_bytes()
 
 
+SHORT = ("--tokens", "256", "--context", "256")
+
+
 def test_in_place_and_output_names(smollm2, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = tmp_path / "model.gguf"
     model.write_bytes(smollm2.read_bytes())
-    done = CliRunner().invoke(cli.cli, ["calibrate", "model.gguf", "--tokens", "256", "--json"], catch_exceptions=False)
+    done = CliRunner().invoke(cli.cli, ["calibrate", "model.gguf", *SHORT, "--json"], catch_exceptions=False)
     report = json.loads(done.stdout)
     assert report["path"] == "model-calibrated.gguf" and report["layers"] == 30 and report["error"] < 0.7
     assert model.read_bytes() == smollm2.read_bytes()
@@ -546,7 +550,7 @@ def test_in_place_and_output_names(smollm2, tmp_path, monkeypatch):
             [sys.executable, "-m", "turboquant_gguf.cli", *arguments], capture_output=True, text=True
         )
         assert ended.returncode and message in ended.stderr.replace("\n", " "), ended.stderr
-    assert CliRunner().invoke(cli.cli, ["calibrate", "model.gguf", "--tokens", "256", "--in-place"]).exit_code == 0
+    assert CliRunner().invoke(cli.cli, ["calibrate", "model.gguf", *SHORT, "--in-place"]).exit_code == 0
     assert model.read_bytes() == Path("model-calibrated.gguf").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.txt", "model-calibrated.gguf", "model.gguf"]
 

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -19,10 +20,11 @@ def descendants(pid: int) -> dict[int, str]:
     """The processes that `pid` and its children started: what they run, by number."""
     found = {}
     for task in Path(f"/proc/{pid}/task").glob("*"):
-        for started in map(int, (task / "children").read_text().split()):
-            words = Path(f"/proc/{started}/cmdline").read_bytes().split(b"\0")
-            found[started] = Path(words[0].decode()).name
-            found |= descendants(started)
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has ended since
+            for started in map(int, (task / "children").read_text().split()):
+                words = Path(f"/proc/{started}/cmdline").read_bytes().split(b"\0")
+                found[started] = Path(words[0].decode()).name
+                found |= descendants(started)
     return found
 
 
