@@ -230,6 +230,29 @@ def test_simd_agrees_with_reference(build: str, tmp_path: Path):
     assert result.stdout.strip() == instruction_sets.BUILDS[build][2]
 
 
+@pytest.mark.parametrize("build", ["scalar", "avx2", "neon"])
+def test_another_type_needs_only_its_numbers(build: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A section more in codebooks.toml, and every function of the type is there and agrees with the reference."""
+    copy = tmp_path / "ggml_turbo"
+    for folder in ("format", "cpu"):
+        shutil.copytree(SOURCE / folder, copy / folder)
+    (tmp_path / "python" / "turboquant_gguf").mkdir(parents=True)
+    data = copy / "format" / "codebooks.toml"
+    (most,) = [section for section in data.read_text().split("\n\n") if section.startswith("[turbo4]")]
+    for old, new in (("[turbo4]", "[turbo5]"), ("bits         = 4", "bits         = 5"), ("= 122", "= 123")):
+        assert old in most
+        most = most.replace(old, new)
+    data.write_text(f"{data.read_text()}\n{most}")
+    subprocess.run([sys.executable, copy / "format" / "emit.py"], check=True)
+
+    monkeypatch.setattr(instruction_sets, "SOURCE", copy)
+    sources = [ROOT / "tests" / "codec_simd.c", copy / "format" / "turbo-reference.c", copy / "cpu" / "turbo-cpu.c"]
+    program = instruction_sets.compile(build, tmp_path / "codec_simd", sources, "-DGGML_TURBO_STANDALONE")
+    result = subprocess.run(program, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "turbo5" in (tmp_path / "python" / "turboquant_gguf" / "turbo_tables.py").read_text()
+
+
 # ---- hostile input ----
 
 

@@ -41,6 +41,9 @@ const char * turbo_cpu_simd(void) {
 
 // ---- encoder ----
 
+// Bits of the types that turbo_u16_spread knows, on every instruction set; the reference searches for any other.
+#define TURBO_SEARCHED(X) X(2) X(3) X(4)
+
 #define TURBO_VECTORS (TURBO_STATES/TURBO_LANES)
 #define TURBO_BEST_VECTORS(bits) (TURBO_SHARED(bits) > TURBO_LANES ? TURBO_SHARED(bits)/TURBO_LANES : 1) // of a row
 
@@ -49,11 +52,11 @@ TURBO_ASSERT(TURBO_MAX_SHARED % TURBO_LANES == 0, "rows of best are whole vector
 TURBO_ASSERT(sizeof(turbo_paths) >= sizeof(uint16_t)*((QK_TURBO + 1)*TURBO_MAX_SHARED + 8),
              "8 lanes may be read from any place in a row");
 
-#define TURBO_ASSERT_SEARCH(K, ID)                                                                                    \
+#define TURBO_ASSERT_SEARCH(K)                                                                                        \
     TURBO_ASSERT(TURBO_SHARED(K) % TURBO_LANES == 0 || TURBO_SHARED(K) == TURBO_LANES/2,                              \
                  "the costs by shared bits fill whole vectors, or half of one, which is then folded");                \
     TURBO_ASSERT(TURBO_CODES(K) == 4 || TURBO_CODES(K) % 8 == 0, "a traceback takes 8 states at a time, or 4");
-TURBO_TYPES(TURBO_ASSERT_SEARCH)
+TURBO_SEARCHED(TURBO_ASSERT_SEARCH)
 #undef TURBO_ASSERT_SEARCH
 
 // One value further: best, the costs by shared bits, and what renormalizing takes off them.
@@ -141,7 +144,7 @@ TURBO_INLINE void turbo_traceback_bits(int bits, const turbo_codec * codec, int 
     }
 }
 
-#define TURBO_SEARCH(K, ID)                                                                                           \
+#define TURBO_SEARCH(K)                                                                                               \
     static void turbo_search_##K(const turbo_codec * codec, turbo_candidate * candidates) {                           \
         turbo_search_bits(K, codec, candidates);                                                                      \
     }                                                                                                                 \
@@ -150,17 +153,7 @@ TURBO_INLINE void turbo_traceback_bits(int bits, const turbo_codec * codec, int 
         turbo_traceback_bits(K, codec, n, candidates, states);                                                        \
     }
 
-TURBO_TYPES(TURBO_SEARCH)
-
-// 1 or 2 blocks
-static void turbo_encode_blocks_cpu(const turbo_codec * codec, int n, const float * x, uint8_t * blocks) {
-#define TURBO_ENCODE(K, ID) \
-    case K: turbo_encode_blocks(codec, n, x, blocks, turbo_search_##K, turbo_traceback_##K); break;
-    switch (codec->bits) {
-        TURBO_TYPES(TURBO_ENCODE)
-    }
-#undef TURBO_ENCODE
-}
+TURBO_SEARCHED(TURBO_SEARCH)
 
 // ---- decoder ----
 
@@ -186,12 +179,6 @@ TURBO_INLINE float turbo_vec_dot_bits(int bits, int n, const uint8_t * blocks, c
 
 #else // no SIMD
 
-static void turbo_encode_blocks_cpu(const turbo_codec * codec, int n, const float * x, uint8_t * blocks) {
-    for (int i = 0; i < n; ++i) {
-        turbo_quantize_block(codec, x + i*QK_TURBO, blocks + i*TURBO_BLOCK_BYTES(codec->bits));
-    }
-}
-
 static void turbo_dequantize_row_bits(int bits, const uint8_t * blocks, float * y, int64_t n) {
     for (int64_t i = 0; i < n/QK_TURBO; ++i) {
         turbo_dequantize_block(turbo_get_codec(bits), blocks + i*TURBO_BLOCK_BYTES(bits), y + i*QK_TURBO);
@@ -211,6 +198,21 @@ static float turbo_vec_dot_bits(int bits, int n, const uint8_t * blocks, const t
 }
 
 #endif
+
+// 1 or 2 blocks
+static void turbo_encode_blocks_cpu(const turbo_codec * codec, int n, const float * x, uint8_t * blocks) {
+#ifdef TURBO_LANES
+#define TURBO_ENCODE(K) \
+    case K: turbo_encode_blocks(codec, n, x, blocks, turbo_search_##K, turbo_traceback_##K); return;
+    switch (codec->bits) {
+        TURBO_SEARCHED(TURBO_ENCODE)
+    }
+#undef TURBO_ENCODE
+#endif
+    for (int i = 0; i < n; ++i) {
+        turbo_quantize_block(codec, x + i*QK_TURBO, blocks + i*TURBO_BLOCK_BYTES(codec->bits));
+    }
+}
 
 void turbo_quantize_blocks_cpu(const turbo_codec * codec, const float * x, uint8_t * blocks, int64_t n_blocks) {
     for (int64_t i = 0; i < n_blocks; i += 2) {

@@ -110,18 +110,19 @@ TURBO_FUNCTION float turbo_value(float scale, int entry) {
 
 // ---- encoder ----
 
-// Bits of the larger of a magnitude found so far and that of x, 2^29 at most; NaN and infinities do not count.
-TURBO_FUNCTION uint32_t turbo_largest(uint32_t largest, uint32_t x) {
-    const uint32_t magnitude = x & 0x7fffffff;
-    const uint32_t finite    = magnitude < TURBO_INFINITY ? magnitude : 0;
-    const uint32_t counted   = finite < TURBO_MAX_INPUT ? finite : TURBO_MAX_INPUT;
-    return counted > largest ? counted : largest;
+// Bits of the larger of a magnitude found so far and that of x; NaN and infinities do not count. Magnitudes are compared
+// as their bits, which order alike; the largest of a block is then limited to TURBO_MAX_INPUT.
+TURBO_FUNCTION int turbo_largest(int largest, uint32_t x) {
+    const int magnitude = (int) (x & 0x7fffffff);
+    const int finite    = magnitude < TURBO_INFINITY ? magnitude : 0;
+    return finite > largest ? finite : largest;
 }
 
 // Bits of x without NaN, which becomes 0, and with magnitudes up to `largest`.
-TURBO_FUNCTION uint32_t turbo_sanitize(uint32_t x, uint32_t largest) {
-    const uint32_t magnitude = x & 0x7fffffff;
-    return magnitude > TURBO_INFINITY ? 0 : magnitude > largest ? (x & 0x80000000) | largest : x;
+TURBO_FUNCTION uint32_t turbo_sanitize(uint32_t x, int largest) {
+    const int magnitude = (int) (x & 0x7fffffff);
+    const int limited   = magnitude < largest ? magnitude : largest;
+    return magnitude > TURBO_INFINITY ? 0 : (x & 0x80000000) | (uint32_t) limited;
 }
 
 // x*256/scale, within what a target can be; the caller rounds it to the nearest integer, ties to even.

@@ -68,14 +68,15 @@ static inline float turbo_stored_scale(int bits, const uint8_t * block) {
 
 // x without NaN, infinities and what overflows; returns the largest magnitude.
 static inline float turbo_sanitize_block(const float * x, float * clean) {
-    uint32_t largest = 0;
+    int largest = 0;
     for (int i = 0; i < QK_TURBO; ++i) {
         largest = turbo_largest(largest, turbo_float_to_bits(x[i]));
     }
+    largest = largest < TURBO_MAX_INPUT ? largest : TURBO_MAX_INPUT;
     for (int i = 0; i < QK_TURBO; ++i) {
         clean[i] = turbo_bits_to_float(turbo_sanitize(turbo_float_to_bits(x[i]), largest));
     }
-    return turbo_bits_to_float(largest);
+    return turbo_bits_to_float((uint32_t) largest);
 }
 
 // Root of the mean square; 16 partial sums, then halves onto halves: the order of a 16-lane register.
