@@ -39,6 +39,14 @@ class GraftError(Exception):
     """The source tree and the list of insertions do not fit together, or a folder may not be written."""
 
 
+class AnchorError(GraftError):
+    """An anchor or a block is not there once: problem is "missing" or "ambiguous"."""
+
+    def __init__(self, problem: str, message: str) -> None:
+        super().__init__(message)
+        self.problem = problem
+
+
 @dataclass(frozen=True)
 class Insertion:
     """Our text at one anchor of one file, or at the same anchor in several blocks of it."""
@@ -69,7 +77,7 @@ class Insertion:
             pattern = rf"^{indent}}}"
         end = re.compile(pattern, re.MULTILINE).search(content, content.find("\n", begin) + 1)
         if not end:
-            raise GraftError(self._misfit("begins a block that has no end", first_line))
+            raise AnchorError("missing", self._misfit("begins a block that has no end", first_line))
         return begin, end.end()
 
     def _offset(self, content: str, begin: int, end: int) -> int:
@@ -84,9 +92,9 @@ class Insertion:
     def _only(self, content: str, text: str, begin: int, end: int) -> int:
         at = content.find(text, begin, end)
         if at < 0:
-            raise GraftError(self._misfit("is not there", text))
+            raise AnchorError("missing", self._misfit("is not there", text))
         if content.find(text, at + 1, end) >= 0:
-            raise GraftError(self._misfit("stands there more than once", text))
+            raise AnchorError("ambiguous", self._misfit("stands there more than once", text))
         return at
 
     def _misfit(self, problem: str, text: str) -> str:
@@ -129,6 +137,19 @@ def _parse(name: str, entry: dict) -> Insertion:
         whole_lines="lines" in entry,
         blocks=(blocks,) if isinstance(blocks, str) else tuple(blocks),
     )
+
+
+def misfits(source: Path, insertions: list[Insertion]) -> list[tuple[Insertion, str]]:
+    """The insertions that do not fit a tree, each with its problem: "missing" or "ambiguous"."""
+    found = []
+    for insertion in insertions:
+        try:
+            insertion.offsets((source / insertion.file).read_bytes().decode())
+        except FileNotFoundError:
+            found.append((insertion, "missing"))
+        except AnchorError as error:
+            found.append((insertion, error.problem))
+    return found
 
 
 def insert(source: Path, insertions: list[Insertion]) -> dict[str, str]:
