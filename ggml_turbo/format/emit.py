@@ -75,7 +75,12 @@ def _type_list(types: list[Type]) -> str:
         "// X(k, number in ggml) of every turbo type. A list of types anywhere in C and C++ is made of this one.\n"
         f"#define TURBO_TYPES(X) {rows}\n\n"
         f"#define TURBO_FEWEST_BITS {types[0].bits}\n"
-        f"#define TURBO_MOST_BITS   {types[-1].bits}\n"
+        f"#define TURBO_MOST_BITS   {types[-1].bits}\n\n"
+        "// For ggml.h and the lists of types in llama.cpp.\n"
+        f"#define TURBO_TYPE_COUNT {max(kind.type for kind in types) + 1}\n"
+        "#define TURBO_ENUMERATOR(K, ID) GGML_TYPE_TURBO##K = ID,\n"
+        "#define TURBO_TYPE(K, ID)       GGML_TYPE_TURBO##K,\n"
+        "#define TURBO_CASE(K, ID)       case GGML_TYPE_TURBO##K:\n"
     )
 
 

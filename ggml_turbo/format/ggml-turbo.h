@@ -65,21 +65,17 @@ TURBO_TYPES(TURBO_DECLARE_ROWS)
 
 // Bits of a code of a turbo type; 0 for any other type.
 static inline int turbo_bits(enum ggml_type type) {
-#define TURBO_CASE(K, ID) case GGML_TYPE_TURBO##K: return K;
+#define TURBO_RETURN_BITS(K, ID) case GGML_TYPE_TURBO##K: return K;
     switch (type) {
-        TURBO_TYPES(TURBO_CASE)
+        TURBO_TYPES(TURBO_RETURN_BITS)
         default: return 0;
     }
-#undef TURBO_CASE
+#undef TURBO_RETURN_BITS
 }
 
 static inline bool turbo_is_type(enum ggml_type type) {
     return turbo_bits(type) != 0;
 }
-
-#define TURBO_ASSERT_ID(K, ID) TURBO_ASSERT(GGML_TYPE_TURBO##K == ID, "ggml.h numbers types as codebooks.toml does");
-TURBO_TYPES(TURBO_ASSERT_ID)
-#undef TURBO_ASSERT_ID
 
 #endif
 

@@ -34,6 +34,12 @@ class GGUFInitParams(ctypes.Structure):
     _fields_ = [("no_alloc", c_bool), ("ctx", c_void_p)]
 
 
+class ContextParams(ctypes.Structure):
+    """llama_turbo_params: -1 in a field says nothing."""
+
+    _fields_ = [("cache_window", c_int32), ("cache_sinks", c_int32), ("calibration", c_int32)]
+
+
 class MemorySize(ctypes.Structure):
     """turbo_memory_size: bytes."""
 
@@ -159,6 +165,7 @@ _PROTOTYPES: dict[str, dict[str, tuple]] = {
         **{f"dequantize_row_{name}_cpu": _quantize_row for name in NAMES},
     },
     "llama": {
+        "llama_turbo_set_next": (c_bool, POINTER(ContextParams)),
         "turbo_memory_open": (c_void_p, c_char_p),
         "turbo_memory_close": (None, c_void_p),
         "turbo_memory_n_layer": (c_uint32, c_void_p),

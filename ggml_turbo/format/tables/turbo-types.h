@@ -7,3 +7,9 @@
 
 #define TURBO_FEWEST_BITS 2
 #define TURBO_MOST_BITS   4
+
+// For ggml.h and the lists of types in llama.cpp.
+#define TURBO_TYPE_COUNT 123
+#define TURBO_ENUMERATOR(K, ID) GGML_TYPE_TURBO##K = ID,
+#define TURBO_TYPE(K, ID)       GGML_TYPE_TURBO##K,
+#define TURBO_CASE(K, ID)       case GGML_TYPE_TURBO##K:
