@@ -128,8 +128,8 @@ def _words(values: list[int]) -> list[str]:
 def _glsl(types: list[Type]) -> str:
     text = (
         f"// {NOTE}\n//\n"
-        "// Four int8 entries a word, the first lowest: entry i is bitfieldExtract(int(t[i >> 2]), 8*(i & 3), 8). Copy\n"
-        "// what a shader needs to shared memory: constant arrays that are indexed are private memory on some drivers.\n"
+        "// Four int8 entries a word, the first lowest: bitfieldExtract(int(t[i >> 2]), 8*(i & 3), 8) is entry i. Copy\n"
+        "// what a shader needs to shared memory: some drivers keep constant arrays in private memory.\n"
     )
     for kind in types:
         text += (
