@@ -128,8 +128,8 @@ def _words(values: list[int]) -> list[str]:
 def _glsl(types: list[Type]) -> str:
     text = (
         f"// {NOTE}\n//\n"
-        "// Four int8 entries a word, the first lowest: bitfieldExtract(int(t[i >> 2]), 8*(i & 3), 8) is entry i. Copy\n"
-        "// what a shader needs to shared memory: some drivers keep constant arrays in private memory.\n"
+        "// Four int8 entries a word, the first lowest: bitfieldExtract(int(t[i >> 2]), 8*(i & 3), 8) is entry i.\n"
+        "// Copy what a shader needs to shared memory: some drivers keep constant arrays in private memory.\n"
     )
     for kind in types:
         text += (

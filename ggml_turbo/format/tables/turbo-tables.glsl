@@ -1,7 +1,7 @@
 // Emitted by ggml_turbo/format/emit.py from codebooks.toml; do not edit.
 //
-// Four int8 entries a word, the first lowest: bitfieldExtract(int(t[i >> 2]), 8*(i & 3), 8) is entry i. Copy
-// what a shader needs to shared memory: some drivers keep constant arrays in private memory.
+// Four int8 entries a word, the first lowest: bitfieldExtract(int(t[i >> 2]), 8*(i & 3), 8) is entry i.
+// Copy what a shader needs to shared memory: some drivers keep constant arrays in private memory.
 
 const float turbo2_rms_to_scale = 0.0206852276;
 const float turbo2_max_to_scale = 0.00769841252;
