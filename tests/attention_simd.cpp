@@ -42,17 +42,16 @@ static void turbo_to_float(const void * x, float * y, int64_t n) {
 const ggml_type_traits * ggml_get_type_traits(ggml_type type) {
     static const ggml_type_traits f32    = { "f32",    1,        0, sizeof(float),        false, nullptr,           nullptr };
     static const ggml_type_traits f16    = { "f16",    1,        0, sizeof(uint16_t),     false, f16_to_float,      nullptr };
-    static const ggml_type_traits turbo2 = { "turbo2", QK_TURBO, 0, TURBO_BLOCK_BYTES(2), true,  turbo_to_float<2>, nullptr };
-    static const ggml_type_traits turbo3 = { "turbo3", QK_TURBO, 0, TURBO_BLOCK_BYTES(3), true,  turbo_to_float<3>, nullptr };
-    static const ggml_type_traits turbo4 = { "turbo4", QK_TURBO, 0, TURBO_BLOCK_BYTES(4), true,  turbo_to_float<4>, nullptr };
+#define TRAITS(K, ID) \
+    static const ggml_type_traits turbo##K = { "turbo" #K, QK_TURBO, 0, TURBO_BLOCK_BYTES(K), true, turbo_to_float<K>, nullptr };
+    TURBO_TYPES(TRAITS)
     static const ggml_type_traits i32    = { "i32",    1,        0, sizeof(int32_t),      false, nullptr,           nullptr };
     switch (type) {
         case GGML_TYPE_F32:    return &f32;
         case GGML_TYPE_I32:    return &i32;
         case GGML_TYPE_F16:    return &f16;
-        case GGML_TYPE_TURBO2: return &turbo2;
-        case GGML_TYPE_TURBO3: return &turbo3;
-        case GGML_TYPE_TURBO4: return &turbo4;
+#define CASE(K, ID) case GGML_TYPE_TURBO##K: return &turbo##K;
+        TURBO_TYPES(CASE)
         default:               abort();
     }
 }

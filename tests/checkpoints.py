@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
+import numpy as np
 import sentencepiece
 import torch
 import transformers
@@ -13,7 +14,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from turboquant_gguf import converter
+from turboquant_gguf.calibration import KEY
 from turboquant_gguf.convert import convert
+from turboquant_gguf.ggufile import rewrite
+from turboquant_gguf.modelmemory import ModelMemory
 
 VOCABULARY = 288
 LAYERS, HEADS, KV_HEADS, HEAD_SIZE = 2, 4, 2, 32
@@ -341,3 +345,23 @@ def any_pre_tokenizer():
         yield
     finally:
         text_model.get_vocab_base_pre = original
+
+
+def random_calibration(model: Path, output: Path, **changes) -> Path:
+    """The model with a calibration that fits it and means nothing. changes: of its keys; None for none of this name."""
+    rng = np.random.default_rng(0)
+    with ModelMemory(model) as memory:
+        shapes = [(0 if layer.shares else layer.kv_heads, layer.head_size_k) for layer in memory.layers]
+    sizes = [heads * size for heads, size in shapes]
+    logarithms = [rng.standard_normal(shape) for shape in shapes if shape[0]]
+    scales = [np.exp(head - head.mean(-1, keepdims=True)).ravel() for head in logarithms]
+    metadata = {
+        f"{KEY}version": 1,
+        f"{KEY}context": 1 << 20,
+        f"{KEY}sizes": np.array(sizes, np.int32),
+        f"{KEY}scale": np.concatenate(scales).astype(np.float32),
+        f"{KEY}center": rng.standard_normal(sum(sizes)).astype(np.float32),
+    }
+    metadata |= {KEY + name: value for name, value in changes.items()}
+    rewrite(model, output, KEY, {key: value for key, value in metadata.items() if value is not None})
+    return output

@@ -120,9 +120,8 @@ static void check(int bits, quantize_t quantize, dequantize_t dequantize, dot_t 
 }
 
 int main(void) {
-    check(2, quantize_row_turbo2, dequantize_row_turbo2_cpu, ggml_vec_dot_turbo2_q8_0);
-    check(3, quantize_row_turbo3, dequantize_row_turbo3_cpu, ggml_vec_dot_turbo3_q8_0);
-    check(4, quantize_row_turbo4, dequantize_row_turbo4_cpu, ggml_vec_dot_turbo4_q8_0);
+#define CHECK(K, ID) check(K, quantize_row_turbo##K, dequantize_row_turbo##K##_cpu, ggml_vec_dot_turbo##K##_q8_0);
+    TURBO_TYPES(CHECK)
     printf("%s\n", turbo_cpu_simd());
     return failures != 0;
 }

@@ -9,7 +9,7 @@ import gguf
 import numpy as np
 import pytest
 
-from turboquant_gguf import ggml
+from turboquant_gguf import ggml, recentwindow
 from turboquant_gguf.cachetypes import CacheTypes
 from turboquant_gguf.logits import EXACT, Model
 
@@ -69,10 +69,8 @@ class Sequences:
             setattr(params, name, value)
         begin = len(self._model.log)
         with pytest.MonkeyPatch.context() as environment:
-            for name, value in (("WINDOW", window), ("SINKS", sinks)):
-                if value is not None:
-                    environment.setenv(f"LLAMA_ARG_CACHE_{name}", str(value))
-            environment.setenv("LLAMA_TURBO_WINDOW_POISON", "1")
+            environment.setenv("TURBO_WINDOW_POISON", "1")
+            recentwindow.set_next(recentwindow.RecentWindow(window, sinks))
             self.context = llama.llama_init_from_model(self._model.handle, params)
         if not self.context:
             self._owned.close()

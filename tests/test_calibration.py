@@ -17,15 +17,15 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 import checkpoints
+from checkpoints import random_calibration
 from sequences import Sequences
 from turboquant_gguf import cli
 from turboquant_gguf.cachetypes import CacheTypes
 from turboquant_gguf.calibration import KEY, Calibration, Layer, Moments, _readings, calibrate
 from turboquant_gguf.convert import convert
 from turboquant_gguf.errors import TurboquantError
-from turboquant_gguf.ggufile import GGUFFile, rewrite
+from turboquant_gguf.ggufile import GGUFFile
 from turboquant_gguf.logits import Context, Model
-from turboquant_gguf.modelmemory import ModelMemory
 from turboquant_gguf.verify import EXACT, compare, run_gguf
 
 PROMPT = list(range(1000, 1200))
@@ -38,33 +38,13 @@ def quietly(model: Path, output: Path | None = None, **options) -> Calibration:
 @pytest.fixture(autouse=True)
 def no_recent_window(monkeypatch):
     """What it covers is not quantized."""
-    monkeypatch.setenv("LLAMA_ARG_CACHE_WINDOW", "0")
+    monkeypatch.setenv("TURBO_CACHE_WINDOW", "0")
 
 
 @pytest.fixture
 def environment(monkeypatch):
     """Sets an environment variable for llama.cpp; undone after the test."""
     return monkeypatch.setenv
-
-
-def random_calibration(model: Path, output: Path, **changes) -> Path:
-    """The model with a calibration that fits it and means nothing. changes: of its keys; None for none of this name."""
-    rng = np.random.default_rng(0)
-    with ModelMemory(model) as memory:
-        shapes = [(0 if layer.shares else layer.kv_heads, layer.head_size_k) for layer in memory.layers]
-    sizes = [heads * size for heads, size in shapes]
-    logarithms = [rng.standard_normal(shape) for shape in shapes if shape[0]]
-    scales = [np.exp(head - head.mean(-1, keepdims=True)).ravel() for head in logarithms]
-    metadata = {
-        f"{KEY}version": 1,
-        f"{KEY}context": 1 << 20,
-        f"{KEY}sizes": np.array(sizes, np.int32),
-        f"{KEY}scale": np.concatenate(scales).astype(np.float32),
-        f"{KEY}center": rng.standard_normal(sum(sizes)).astype(np.float32),
-    }
-    metadata |= {KEY + name: value for name, value in changes.items()}
-    rewrite(model, output, KEY, {key: value for key, value in metadata.items() if value is not None})
-    return output
 
 
 # ---- centre and scale ----
@@ -172,7 +152,7 @@ def test_exact_where_nothing_is_quantized(name, tmp_path, environment):
     prompt = [token % checkpoints.VOCABULARY for token in PROMPT[:40]]
     plain = run_gguf(model, prompt, EXACT)
     assert np.array_equal(plain, run_gguf(other, prompt, EXACT))  # off, where keys are not quantized
-    environment("LLAMA_TURBO_CALIBRATION", "force")
+    environment("TURBO_CALIBRATION", "force")
     forced = run_gguf(other, prompt, EXACT)
     assert not np.array_equal(plain, forced)
     # scales up to exp(3) on either side of a product of float32
@@ -183,7 +163,7 @@ def test_turned_off_it_is_the_old_model(smollm2, calibrated, environment):
     cache = CacheTypes("turbo3", "turbo3")
     plain = run_gguf(smollm2, PROMPT, cache)
     assert not np.array_equal(plain, run_gguf(calibrated, PROMPT, cache))
-    environment("LLAMA_TURBO_CALIBRATION", "0")
+    environment("TURBO_CALIBRATION", "0")
     assert np.array_equal(plain, run_gguf(calibrated, PROMPT, cache))
 
 
@@ -199,7 +179,7 @@ def test_no_centre_where_it_would_change_the_model(name, center, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         prompt = [token % checkpoints.VOCABULARY for token in PROMPT[:40]]
         plain = run_gguf(model, prompt, EXACT)
-        patch.setenv("LLAMA_TURBO_CALIBRATION", "force")
+        patch.setenv("TURBO_CALIBRATION", "force")
         assert compare(plain, run_gguf(done.path, prompt, EXACT)).relative_error < 2e-5
 
 
@@ -228,7 +208,7 @@ def test_left_alone_in_longer_contexts(name, measured, longest, tmp_path, enviro
     beyond, log = logits_and_log(calibrated, types, longest + 256)
     assert np.array_equal(beyond, plain)
     assert log.count(WARNING) == 1 and f"turboquant-gguf calibrate --context {longest + 256}" in log
-    environment("LLAMA_TURBO_CALIBRATION", "force")
+    environment("TURBO_CALIBRATION", "force")
     forced, log = logits_and_log(calibrated, types, longest + 256)
     assert np.array_equal(forced, within) and WARNING not in log
 
@@ -237,7 +217,7 @@ def test_left_alone_in_longer_contexts(name, measured, longest, tmp_path, enviro
 def test_exact_at_late_positions(name, tmp_path, environment):
     model = checkpoints.gguf(tmp_path, name)
     other = random_calibration(model, tmp_path / "calibrated.gguf")
-    environment("LLAMA_TURBO_CALIBRATION", "force")
+    environment("TURBO_CALIBRATION", "force")
     for position in (1000, 100_000):
         plain, forced = (logits_and_log(path, EXACT, 256, position)[0] for path in (model, other))
         assert not np.array_equal(plain, forced)

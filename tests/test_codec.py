@@ -1,6 +1,9 @@
 """The codec: the format, the error, hostile input, and every implementation against every other, bit for bit."""
 
+import shutil
 import subprocess
+import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +15,7 @@ from turboquant_gguf import codec_numpy, converter
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "ggml_turbo"
+FORMAT = SOURCE / "format"
 CODECS = codec_numpy.codecs()
 NAMES = list(CODECS)
 
@@ -45,35 +49,150 @@ def hostile_blocks() -> np.ndarray:
 # ---- the format ----
 
 
-def test_format_by_hand():
-    """A turbo4 block written out bit by bit, read as ggml-turbo.h says."""
-    codec = CODECS["turbo4"]
-    # header, low bits first: 12 bits of scale, 4 of start. Exponent 35, mantissa 32 of 64: 2^(35-40) * 1.5
-    scale_code = 35 << 6 | 32
-    start = 0b1010
-    codes = [(5 * i + 3) % 16 for i in range(64)]
-    nibbles = [scale_code & 15, scale_code >> 4 & 15, scale_code >> 8, start, *codes]
-    block = np.array([low | high << 4 for low, high in zip(nibbles[::2], nibbles[1::2])], np.uint8)
-    assert len(block) == 34
-
-    # a state of 8 bits: the value's own code above the one before it, the start bits before the first
-    states = [code << 4 | before for before, code in zip([start, *codes], codes)]
-    expected = [1.5 / 32 * codec.codebook[state] for state in states]
-    assert turboquant_gguf.dequantize(block, "turbo4").tolist() == expected
-    assert codec_numpy.dequantize_blocks(codec, block[None])[0].tolist() == expected
+# Blocks written by hand as the format's README says: bytes, the scale, and the states that begin them.
+BY_HAND = {
+    # header 0x6a38, low bits first: 10 bits of scale, 0x238, exponent 35 and mantissa 8 of 16; 6 of start, 0b011010.
+    # Codes 0, 1, 2, 3 from the low bits of each byte on, again and again
+    "turbo2": ("386a" + "e4" * 16, 1.5 / 32, [0b00_011010, 0b01_00_0110, 0b10_01_00_01, 0b11_10_01_00, 0b00_11_10_01]),
+    # header 0xb470: 11 bits of scale, 0x470, exponent 35 and mantissa 16 of 32; 5 of start, 0b10110.
+    # Codes 0 to 7 in three bytes, 0xfac688, again and again
+    "turbo3": ("70b4" + "88c6fa" * 8, 1.5 / 32, [0b000_10110, 0b001_000_10, 0b010_001_00, 0b011_010_00, 0b100_011_01]),
+    # header 0xa8e0: 12 bits of scale, 0x8e0, exponent 35 and mantissa 32 of 64; 4 of start, 0b1010.
+    # Codes 3, 8, 13, 2, 7, 12, 1, 6, 11, 0, 5, 10, 15, 4, 9, 14, the first of two in a byte's low bits
+    "turbo4": ("e0a8" + "832dc761 0ba54fe9" * 4, 1.5 / 32, [0x3A, 0x83, 0xD8, 0x2D, 0x72]),
+}
 
 
 @each_type
-def test_codebook_is_three_tables(name: str):
-    """The tables that SIMD decoders shuffle by, and the order that SIMD encoders search in, are the codebook."""
-    text = (SOURCE / "turbo-tables.h").read_text().split(".bits")[NAMES.index(name) + 1]
-    table = {key: np.array(text.split(f".{key} ")[1].split("{")[1].split("}")[0].split(","), int)
-             for key in ("a", "b", "p", "codebook", "by_low")}
-    state = np.arange(256)
-    low, high = state & 15, state >> 4
-    assert np.array_equal(table["codebook"], table["a"][low] + table["b"][high ^ table["p"][low]])
-    assert np.array_equal(table["by_low"], table["codebook"].reshape(-1, 1 << CODECS[name].bits).T.ravel())
-    assert np.abs(table["codebook"]).max() <= 127
+def test_format_by_hand(name: str):
+    codec = CODECS[name]
+    written, scale, first_states = BY_HAND[name]
+    block = np.frombuffer(bytes.fromhex(written), np.uint8)
+    assert len(block) == codec.block_bytes
+    # the whole block as one number: each state is 8 of its bits
+    number = int.from_bytes(block.tobytes(), "little")
+    states = [number >> 8 + codec.bits * (i + 1) & 255 for i in range(64)]
+    assert states[:5] == first_states
+    expected = [scale * codec.codebook[state] for state in states]
+    assert turboquant_gguf.dequantize(block, name).tolist() == expected
+    assert codec_numpy.dequantize_blocks(codec, block[None])[0].tolist() == expected
+
+
+def test_tables_are_what_the_data_file_gives():
+    script = [sys.executable, FORMAT / "emit.py", "--check"]
+    done = subprocess.run(script, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@each_type
+def test_tables_of_all_languages_agree(name: str):
+    """Every emitted table holds the codebook that NumPy builds of a, b and p; the C table in a search's order, too."""
+    codebook = CODECS[name].codebook
+    tables = FORMAT / "tables"
+    c = (tables / "turbo-tables.h").read_text().split(".bits")[NAMES.index(name) + 1]
+    metal, glsl = (tables / "turbo-tables.metal").read_text(), (tables / "turbo-tables.glsl").read_text()
+
+    def entries(text: str, after: str, until: str) -> list[int]:
+        return [int(entry.strip().rstrip("u"), 0) for entry in text.split(after)[1].split(until)[0].split(",")]
+
+    assert entries(c.split(".codebook ")[1], "{", "}") == codebook.tolist()
+    assert entries(c.split(".by_low ")[1], "{", "}") == codebook.reshape(-1, 1 << CODECS[name].bits).T.ravel().tolist()
+    assert entries(metal, f"{name}_codebook[256] = {{", "}") == codebook.tolist()
+    words = entries(glsl, f"{name}_codebook[64] = uint[](", ")")
+    assert np.array(words, np.uint32).view(np.int8).tolist() == codebook.tolist()
+    assert np.abs(codebook).max() <= 127
+
+
+LANGUAGES = {
+    "C": ["cc", "-std=c11", "-x", "c"],
+    "C++": ["c++", "-std=c++17", "-x", "c++"],
+    # as a Metal compiler sees it: C++ with integer types of its own and without their header
+    "Metal": ["c++", "-std=c++17", "-x", "c++", "-D__METAL_VERSION__=310", "-Duint32_t=unsigned", "-Dconstant="],
+}
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_block_arithmetic_needs_no_library(language: str, tmp_path: Path):
+    """turbo-block.h compiles alone, without warnings, and has no pointers; for Metal with the tables, too."""
+    if not shutil.which(LANGUAGES[language][0]):
+        pytest.skip("needs a C and C++ compiler")
+    text = (FORMAT / "turbo-block.h").read_text()
+    functions = [line for line in text.splitlines() if line.startswith("TURBO_FUNCTION")]
+    assert len(functions) >= 12 and not any("*" in line or "[" in line or "&" in line for line in functions)
+    source = tmp_path / "alone"
+    tables = '#include "tables/turbo-tables.metal"\n' if language == "Metal" else ""
+    source.write_text(f'#include "turbo-block.h"\n{tables}TURBO_ASSERT_BITS(2);\nTURBO_ASSERT_BITS(3);\n')
+    flags = ["-ffreestanding", "-Wall", "-Wextra", "-Wpedantic", "-Werror", "-Wno-unused", f"-I{FORMAT}"]
+    done = subprocess.run([*LANGUAGES[language], *flags, "-fsyntax-only", source], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+# ---- test vectors ----
+
+
+def read_vectors() -> tuple[np.ndarray, dict[str, list[np.ndarray]]]:
+    """Input (n, 64) of vectors.bin, and for each type its blocks, their values, arbitrary blocks and their values."""
+    data = (FORMAT / "vectors.bin").read_bytes()
+    assert data[:8] == b"TURBOVEC"
+    version, n_types, n, m = np.frombuffer(data, "<u4", 4, 8)
+    assert version == 1
+    at = 24
+
+    def take(dtype: str, *shape: int) -> np.ndarray:
+        nonlocal at
+        taken = np.frombuffer(data, dtype, int(np.prod(shape)), at).reshape(shape)
+        at += taken.nbytes
+        return taken
+
+    x, by_type = take("<f4", n, 64), {}
+    for _ in range(n_types):
+        bits, number = take("<u4", 2)
+        (name,) = [kind.name for kind in turboquant_gguf.types() if kind.ggml_type == number]
+        assert CODECS[name].bits == bits
+        size = 2 + 8 * int(bits)
+        by_type[name] = [take("u1", n, size), take("<f4", n, 64), take("u1", m, size), take("<f4", m, 64)]
+    assert at == len(data)
+    return x, by_type
+
+
+def test_reference_gives_the_vectors():
+    if not shutil.which("cc"):
+        pytest.skip("needs a C compiler")
+    done = subprocess.run([sys.executable, FORMAT / "make_vectors.py", "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def gguf_py(name: str):
+    gguf = converter.load()[1]
+    qtype = gguf.GGMLQuantizationType[name.upper()]
+    return lambda x: gguf.quants.quantize(x, qtype), lambda blocks: gguf.quants.dequantize(blocks, qtype)
+
+
+IMPLEMENTATIONS = {
+    "library": lambda name: (
+        partial(turboquant_gguf.quantize, type=name),
+        partial(turboquant_gguf.dequantize, type=name),
+    ),
+    "NumPy": lambda name: (
+        partial(codec_numpy.quantize_blocks, CODECS[name]),
+        partial(codec_numpy.dequantize_blocks, CODECS[name]),
+    ),
+    "gguf-py": gguf_py,
+}
+
+
+@each_type
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_vectors(implementation: str, name: str):
+    x, by_type = read_vectors()
+    blocks, values, any_bytes, any_values = by_type[name]
+    quantize, dequantize = IMPLEMENTATIONS[implementation](name)
+    assert np.array_equal(quantize(x), blocks)
+    assert np.array_equal(dequantize(blocks).view(np.uint32), values.view(np.uint32))
+    assert np.array_equal(dequantize(any_bytes).view(np.uint32), any_values.view(np.uint32))
+
+
+# ---- error ----
 
 
 @pytest.mark.parametrize("name, size, most", [("turbo2", 18, 0.0745), ("turbo3", 26, 0.0208), ("turbo4", 34, 0.0060)])
@@ -104,11 +223,34 @@ def test_library_and_numpy_agree_to_the_bit(name: str):
 
 @pytest.mark.parametrize("build", instruction_sets.BUILDS)
 def test_simd_agrees_with_reference(build: str, tmp_path: Path):
-    sources = [ROOT / "tests" / "codec_simd.c", SOURCE / "ggml-turbo.c", SOURCE / "cpu" / "turbo-cpu.c"]
+    sources = [ROOT / "tests" / "codec_simd.c", FORMAT / "turbo-reference.c", SOURCE / "cpu" / "turbo-cpu.c"]
     program = instruction_sets.compile(build, tmp_path / "codec_simd", sources, "-DGGML_TURBO_STANDALONE")
     result = subprocess.run(program, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == instruction_sets.BUILDS[build][2]
+
+
+@pytest.mark.parametrize("build", ["scalar", "avx2", "neon"])
+def test_another_type_needs_only_its_numbers(build: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A section more in codebooks.toml, and every function of the type is there and agrees with the reference."""
+    copy = tmp_path / "ggml_turbo"
+    for folder in ("format", "cpu"):
+        shutil.copytree(SOURCE / folder, copy / folder)
+    (tmp_path / "python" / "turboquant_gguf").mkdir(parents=True)
+    data = copy / "format" / "codebooks.toml"
+    (most,) = [section for section in data.read_text().split("\n\n") if section.startswith("[turbo4]")]
+    for old, new in (("[turbo4]", "[turbo5]"), ("bits         = 4", "bits         = 5"), ("= 122", "= 123")):
+        assert old in most
+        most = most.replace(old, new)
+    data.write_text(f"{data.read_text()}\n{most}")
+    subprocess.run([sys.executable, copy / "format" / "emit.py"], check=True)
+
+    monkeypatch.setattr(instruction_sets, "SOURCE", copy)
+    sources = [ROOT / "tests" / "codec_simd.c", copy / "format" / "turbo-reference.c", copy / "cpu" / "turbo-cpu.c"]
+    program = instruction_sets.compile(build, tmp_path / "codec_simd", sources, "-DGGML_TURBO_STANDALONE")
+    result = subprocess.run(program, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "turbo5" in (tmp_path / "python" / "turboquant_gguf" / "turbo_tables.py").read_text()
 
 
 # ---- hostile input ----

@@ -1,10 +1,16 @@
 """The graft: what it inserts into llama.cpp, and what is said when the sources do not fit."""
 
 import hashlib
+import importlib
 import io
+import json
 import os
+import re
+import shutil
 import subprocess
+import sys
 import tarfile
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +21,9 @@ import source
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 INSERTIONS = graft.load()
+
+# Words that point to another insertion: a failed anchor shows a reason alone.
+POINTS_ELSEWHERE = re.compile(r"(and|or|also|likewise|otherwise|it|its|that|this|declares)\b|.*\b(next|above|below)$", re.I)
 
 
 @pytest.mark.parametrize("insertion", INSERTIONS, ids=lambda insertion: f"{insertion.file}: {insertion.why}")
@@ -31,6 +40,29 @@ def test_nothing_of_llama_cpp_is_removed(pristine):
         assert all(character in remaining for character in (pristine / name).read_text()), name
 
 
+def test_the_list_is_short_and_its_reasons_stand_alone():
+    assert len(INSERTIONS) <= 55
+    assert len({insertion.why for insertion in INSERTIONS}) == len(INSERTIONS)
+    for insertion in INSERTIONS:
+        assert len(insertion.why.split()) > 3 and not POINTS_ELSEWHERE.match(insertion.why), insertion.why
+
+
+def test_the_patch_of_a_build_gives_the_grafted_tree(pristine, tmp_path):
+    """What reviewers read is what is compiled: pristine sources with the patch are the grafted ones."""
+    build = tmp_path / "build"
+    command = [sys.executable, graft.__file__, pristine, build / "llama.cpp", "--patch", build / "turbo.patch"]
+    subprocess.run(command, check=True)
+    patched = tmp_path / "patched"
+    names = {insertion.file for insertion in INSERTIONS}
+    for name in names:
+        (patched / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(pristine / name, patched / name)
+    subprocess.run(["git", "apply", build / "turbo.patch"], cwd=patched, check=True)
+    for name in names:
+        assert (patched / name).read_bytes() == (build / "llama.cpp" / name).read_bytes(), name
+    assert (build / "turbo.patch").read_text().count("\n+++ b/") == len(names)
+
+
 def test_running_twice_changes_nothing(pristine, tmp_path):
     grafted = graft.insert(pristine, INSERTIONS)
     graft.write(pristine, tmp_path, grafted)
@@ -39,7 +71,7 @@ def test_running_twice_changes_nothing(pristine, tmp_path):
     after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file() and path.name != graft.MARKER}
     assert len(after) > 1000
     assert after == {path: before[path] for path in after}
-    assert "GGML_TYPE_TURBO3" in (tmp_path / "ggml/include/ggml.h").read_text()
+    assert "TURBO_TYPES(TURBO_ENUMERATOR)" in (tmp_path / "ggml/include/ggml.h").read_text()
 
 
 # A tree of one file, to see how a single insertion behaves.
@@ -86,6 +118,67 @@ def test_lines_after_and_inline(small):
 def test_insertions_at_one_place_keep_the_order_of_the_list(small):
     content = graft.insert(small, [INSERTION, replace(INSERTION, text="        case 9:\n")])["src/a.c"]
     assert "case 0:\n        case 9:\n        case 1: return 2;" in content
+
+
+FUNCTION = """\
+int head(
+        int a) {
+    // a comment
+    for (;;) {
+    }
+    int late = 1;
+}
+int late = 2;
+"""
+CLASS = """\
+class A:
+    late = 1
+
+    def f(self): ...
+class B:
+    late = 2
+"""
+
+
+@pytest.mark.parametrize(
+    "name, content, block",
+    [
+        ("src/b.c", FUNCTION, "int head("),
+        ("src/b.c", FUNCTION, "int head(\n        int a) {"),
+        ("src/b.c", FUNCTION, "    // a comment"),
+        ("src/b.py", CLASS, "class A:"),
+    ],
+)
+def test_a_block_reaches_to_its_end(small, name, content, block):
+    """To the end of a function, past the blocks in it; of the block around a comment; of a class of Python."""
+    (small / name).write_text(content)
+    insertion = replace(INSERTION, file=name, blocks=(block,), anchor="late = ", text="early = ", whole_lines=False)
+    assert graft.insert(small, [insertion])[name] == content.replace("late = 1", "early = late = 1")
+
+
+def test_a_block_without_an_end_is_refused(small):
+    (small / "src" / "b.c").write_text("int head() {\n    int late = 1;\n")
+    with pytest.raises(graft.GraftError, match="begins a block that has no end"):
+        graft.insert(small, [replace(INSERTION, file="src/b.c", blocks=("int head() {",), anchor="late")])
+
+
+@pytest.mark.parametrize(
+    "entry, problem",
+    [
+        ('file = "a"\nwhy = "w"\nbefore = "x"\nlines = "y"\nwhitin = "z"', "unknown keys: whitin"),
+        ('file = "a"\nwhy = "w"\nbefore = "x"\nafter = "x"\nlines = "y"', "needs before or after, once"),
+        ('file = "a"\nwhy = "w"\nlines = "y"', "needs before or after, once"),
+        ('file = "a"\nwhy = "w"\nbefore = "x"\nlines = "y"\ninline = "y"', "needs lines or inline, once"),
+        ('file = "a"\nbefore = "x"\nlines = "y"', "needs why, once"),
+    ],
+)
+def test_an_entry_of_the_list_that_is_not_understood_is_refused(tmp_path, entry, problem):
+    (tmp_path / "some.toml").write_text(f"[[insert]]\n{entry}\n")
+    with pytest.raises(graft.GraftError, match=f"some.toml: the insertion for .* {problem}"):
+        graft.load(tmp_path)
+    (tmp_path / "some.toml").write_text(f"[[inserts]]\n{entry}\n")
+    with pytest.raises(graft.GraftError, match="inserts: only"):
+        graft.load(tmp_path)
 
 
 @pytest.mark.parametrize("change, problem", [
@@ -236,3 +329,89 @@ def test_cmake_shows_the_message(newer_tree, tmp_path):
         capture_output=True, text=True)
     assert result.returncode != 0
     assert "supports ggml" in " ".join(result.stderr.split())
+
+
+# ---- other releases (tools/check_pins.py)
+
+
+@pytest.fixture
+def check_pins(monkeypatch):
+    monkeypatch.syspath_prepend(REPOSITORY / "tools")
+    return importlib.import_module("check_pins")
+
+
+@pytest.fixture
+def copied_pins(check_pins, tmp_path, monkeypatch) -> Path:
+    """The files that a move changes, as copies that a test may change."""
+    folder = tmp_path / "pins"
+    folder.mkdir()
+    for name in ("PIN_FILE", "RELEASES_FILE", "PROJECT_FILE"):
+        shutil.copy(getattr(check_pins, name), folder)
+        monkeypatch.setattr(check_pins, name, folder / getattr(check_pins, name).name)
+    return folder
+
+
+@pytest.fixture
+def cached(pristine, tmp_path):
+    """A cache of sources in which the pristine ones stand for any release; `change` is made to a file of them."""
+
+    def make(version: str, sha256: str, change=lambda text: text, name: str = "ggml/include/ggml.h") -> Path:
+        tree = tmp_path / "cache" / f"llama.cpp-{version}-{sha256[:12]}"
+        for needed in {insertion.file for insertion in INSERTIONS} | {"ggml/CMakeLists.txt"}:
+            (tree / needed).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(pristine / needed, tree / needed)
+        (tree / name).write_text(change((tree / name).read_text()))
+        return tmp_path / "cache"
+
+    return make
+
+
+def test_the_pin_is_a_known_release(check_pins):
+    assert check_pins.releases()[source.PIN["version"]] == source.PIN["sha256"]
+    wanted = {"0.3.28", "0.3.31", "0.3.33", "0.3.34", "0.3.35", "0.3.36"}
+    assert wanted <= check_pins.releases().keys()
+    project = check_pins.PROJECT_FILE.read_text()
+    assert f"{source.PIN['package']}=={source.PIN['version']}\"" in project
+
+
+def test_a_release_that_fits_and_two_that_do_not(check_pins, cached, capsys):
+    """The table and the JSON name what is missing or ambiguous, and the exit code says that something is."""
+    known = check_pins.releases()
+    cache = cached("0.3.36", known["0.3.36"])
+    assert check_pins.main(["0.3.36", "--cache", str(cache)]) == 0
+    assert f"{len(INSERTIONS)} of {len(INSERTIONS)}" in capsys.readouterr().out
+    cached("0.3.35", known["0.3.35"], lambda text: text.replace("GGML_TYPE_COUNT", "GGML_TYPE_NUMBER"))
+    again = "    GGML_TYPE_Q5_1,\n"
+    cached("0.3.34", known["0.3.34"], lambda text: text.replace(again, 2 * again, 1), "common/arg.cpp")
+    arguments = ["0.3.36", "0.3.35", "0.3.34", "--cache", str(cache)]
+    assert check_pins.main(arguments) == 1
+    table = capsys.readouterr().out
+    assert "missing in ggml/include/ggml.h: GGML_TYPE_COUNT" in table and "ambiguous in common/arg.cpp" in table
+    assert check_pins.main([*arguments, "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    counts = {version: (len(one["missing"]), len(one["ambiguous"])) for version, one in found.items()}
+    assert counts == {"0.3.36": (0, 0), "0.3.35": (1, 0), "0.3.34": (0, 1)}
+    assert all(one["found"] + sum(counts[version]) == one["insertions"] for version, one in found.items())
+
+
+def test_moving_the_pin_is_one_command(check_pins, copied_pins, cached, capsys, monkeypatch):
+    before = {path.name: path.read_text() for path in copied_pins.iterdir()}
+    monkeypatch.setattr(source, "download", lambda scratch, pin: shutil.copy(__file__, scratch / "release.tar.gz"))
+    sha256 = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    cache = cached("9.9.9", sha256, lambda text: text.replace("GGML_TYPE_COUNT", "GONE"))
+    assert check_pins.main(["--move", "9.9.9", "--cache", str(cache)]) == 1  # it does not fit: nothing changes
+    assert before == {path.name: path.read_text() for path in copied_pins.iterdir()}
+    cached("9.9.9", sha256)
+    assert check_pins.main(["--move", "9.9.9", "--cache", str(cache)]) == 0
+    assert "build it and run the tests" in capsys.readouterr().err
+    pin = tomllib.loads((copied_pins / "pin.toml").read_text())
+    assert pin == source.PIN | {"version": "9.9.9", "sha256": sha256}
+    assert check_pins.releases()["9.9.9"] == sha256
+    assert f"{source.PIN['package']}==9.9.9\"" in (copied_pins / "pyproject.toml").read_text()
+
+
+def test_a_release_that_cannot_be_had(check_pins, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    assert check_pins.main(["0.3.28", "--cache", str(tmp_path / "cache")]) == 2
+    assert "pip could not download llama-cpp-python 0.3.28" in capsys.readouterr().err

@@ -250,7 +250,7 @@ def test_windows_alone_hold_any_context(tmp_path):
 def test_the_recent_window_is_counted(smollm2, monkeypatch):
     sizes = {}
     for tokens in (0, 100, 200):
-        monkeypatch.setenv("LLAMA_ARG_CACHE_WINDOW", str(tokens))
+        monkeypatch.setenv("TURBO_CACHE_WINDOW", str(tokens))
         with ModelMemory(smollm2) as memory:
             for name in ("turbo4", "turbo4:q8_0", "q8_0", "f16"):
                 types = CacheTypes.parse(name)

@@ -194,7 +194,7 @@ REFUSED = {  # by what llama.cpp is asked for, with a model of this head size: t
     "head size": (80, ("-ctk", "turbo4"), {}, r"K head size of 80\. Cache types that work for it: f16, bf16, f32"),
     "head size of values": (80, ("-ctv", "turbo3", "-fa", "1"), {}, "V head size of 80"),
     "flash attention": (64, ("-ctv", "turbo4", "-fa", "0"), {}, "quantized V cache requires flash_attn"),
-    "recent window": (64, ("-ctk", "turbo4"), {"LLAMA_ARG_CACHE_WINDOW": "1e9"}, "1e9"),
+    "recent window": (64, ("-ctk", "turbo4"), {"TURBO_CACHE_WINDOW": "1e9"}, "1e9"),
 }
 TOOLS = {"llama-server": (), "llama-perplexity": ("--ctx-size", "128"), "llama-bench": ("--n-prompt", "8", "--n-gen", "0")}
 
@@ -210,7 +210,7 @@ def test_the_reason_of_a_refusal_is_the_last_line(case: str, tool: str, tmp_path
     lines = [line for line in output.strip().splitlines() if not line.startswith("|")]  # llama-bench ends its table
     if case == "recent window" and tool != "llama-bench":  # they read it as an option, and show how options are used
         lines = [line for line in lines if "error while handling" in line]
-        reason = "LLAMA_ARG_CACHE_WINDOW.*'1e9' is not a number of tokens"
+        reason = "TURBO_CACHE_WINDOW.*'1e9' is not a number of tokens"
     assert re.search(reason, lines[-1]), output[-2000:]
 
 

@@ -272,7 +272,7 @@ def test_recent_window_is_an_option_and_part_of_what_is_known(tiny, random_text,
         done = CliRunner().invoke(cli.cli, [*arguments, *option])
         assert done.exit_code == 0, done.output
         losses.append(json.loads(done.stdout)["kld_mean"])
-        assert "LLAMA_ARG_CACHE_WINDOW" not in os.environ
+        assert "TURBO_CACHE_WINDOW" not in os.environ
     assert losses[1] < losses[0] / 100
     assert losses[2] == pytest.approx(losses[1])  # the default
 

@@ -86,7 +86,7 @@ def test_without_a_window_the_graph_is_the_old_one(smollm2, stock_libraries):
 
     stock = nodes("q4_0", stock_libraries)
     assert stock.count("FLASH_ATTN_EXT") == 30
-    assert nodes("q4_0") == nodes("turbo3", LLAMA_ARG_CACHE_WINDOW="0") == stock
+    assert nodes("q4_0") == nodes("turbo3", TURBO_CACHE_WINDOW="0") == stock
     assert nodes("turbo3").count("CUSTOM") == 30
 
 

@@ -103,7 +103,7 @@ def test_measurements_of_the_model_go_before_predictions(smollm2, calibrated, tm
         ({"base": "q8_0"}, "compared with q8_0"),
         ({"context": 256}, "with a context of 256 tokens, too short to tell"),
         ({"build": {"turboquant_gguf": "0.0.1", "llama_cpp": "1"}}, "by version 0.0.1"),
-        ({"build": provenance.build() | {"LLAMA_ARG_CACHE_WINDOW": "0"}}, "with LLAMA_ARG_CACHE_WINDOW=0"),
+        ({"build": provenance.build() | {"LLAMA_ARG_CACHE_WINDOW": "0"}}, "with TURBO_CACHE_WINDOW=0"),
     ],
 )
 def test_measurements_that_do_not_compare_are_left_out(llama, tmp_path, settings, because):
@@ -121,9 +121,9 @@ def test_measurements_that_do_not_compare_are_left_out(llama, tmp_path, settings
 
 def test_a_window_of_ones_own_needs_measurements_with_it(llama, tmp_path, monkeypatch):
     mine = measured(llama, tmp_path / "mine.sqlite", {"f16": 0, "turbo4": 0.1})
-    monkeypatch.setenv("LLAMA_ARG_CACHE_WINDOW", "200")
+    monkeypatch.setenv("TURBO_CACHE_WINDOW", "200")
     found = recommend(llama, memory=1 << 40, context=CONTEXT, results=[mine])
-    assert (found.measured, found.left_out) == (None, ["without LLAMA_ARG_CACHE_WINDOW"])
+    assert (found.measured, found.left_out) == (None, ["without TURBO_CACHE_WINDOW"])
     measured(llama, mine, {"f16": 0, "turbo4": 0})  # all of a context of 512 is in the window, but for a little
     found = recommend(llama, memory=1 << 40, context=CONTEXT, results=[mine])
     assert found.measured is None and "with a context of 512 tokens, too short to tell" in found.left_out

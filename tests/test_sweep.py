@@ -216,7 +216,7 @@ def cluster():
 
 
 def test_a_cluster_gives_the_same(tiny, text, tmp_path, cluster, monkeypatch):
-    monkeypatch.setenv("LLAMA_ARG_CACHE_WINDOW", "0")  # where the workers do not see it
+    monkeypatch.setenv("TURBO_CACHE_WINDOW", "0")  # where the workers do not see it
     here, there = tmp_path / "here.sqlite", tmp_path / "there.sqlite"
     kinds = {"measure": ("quality", "retrieval", "speed"), "windows": 12}
     assert not swept(tiny, text, here, **kinds).failures

@@ -12,14 +12,13 @@ goes on from there.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import click
 from rich.console import Console
-from turboquant_gguf import models, outputfile, quality
+from turboquant_gguf import models, outputfile, quality, recentwindow
 from turboquant_gguf.cachetypes import CacheTypes
 from turboquant_gguf.calibration import calibrate
 from turboquant_gguf.report import report
@@ -56,10 +55,10 @@ def main(text: Path, windows: int, context: int, results: Path | None) -> None:
         return found
 
     found = [measured(model), measured(calibrated)]
-    os.environ["LLAMA_ARG_CACHE_WINDOW"] = "0"
     turbo = [name for name in TYPES if "turbo" in name]  # others have no window anyway
     apart = results.with_stem(f"{results.stem}-no-window")  # the plot shows what is in `results`
-    without = [measured(model, turbo, apart), measured(calibrated, turbo, apart)]
+    with recentwindow.use(recentwindow.RecentWindow(recent=0)):
+        without = [measured(model, turbo, apart), measured(calibrated, turbo, apart)]
     _write(ROOT / "README.md", _in_readme(_table(*without, *found)))
     report(results, outputs=[PLOT], models=[path.stem for path in (model, calibrated)], console=console)
     _write(REFERENCE, json.dumps(_reference(*found), indent=2) + "\n")

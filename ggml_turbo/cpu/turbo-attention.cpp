@@ -18,7 +18,7 @@
 
 #include "turbo-ops.h"
 
-#include "turbo-encoder.h"
+#include "turbo-encode.h"
 #include "turbo-simd.h"
 #include "turbo-window.h"
 
@@ -38,6 +38,19 @@ constexpr int SPLIT_KEYS  = 256; // keys of a range at least
 constexpr int SPLIT_TASKS = 128; // tasks wanted, where there are keys enough
 
 constexpr int SCORE_STEP = TURBO_SCORE_KEYS*TURBO_F32_LANES; // keys that are scored at once
+constexpr int VALUE_STEP = TURBO_VALUE_STEP*TURBO_F32_LANES; // values of a head that are summed at once
+
+constexpr int MAX_INT8 = 127, MAX_INT16 = 32767; // of rounded queries and weights
+
+static_assert(KEYS % SCORE_STEP == 0, "a tile of keys is scored in whole steps");
+static_assert(KEYS % TURBO_F32_LANES == 0 && CHUNK % TURBO_F32_LANES == 0, "tiles are transposed and rounded in whole vectors");
+static_assert(CHUNK % VALUE_STEP == 0, "values are summed in whole steps");
+static_assert(CHUNK == QK_TURBO, "a chunk has one scale a key");
+static_assert(CHUNK % 4 == 0, "keys are words of 4 bytes");
+static_assert(KEYS % 2 == 0, "values are words of two keys");
+static_assert(SPLIT_KEYS % KEYS == 0, "ranges of keys begin with a tile");
+static_assert(CHUNK*MAX_INT8*(TURBO_MAX_ENTRY + TURBO_KEY_BIAS) <= INT32_MAX, "sums of query * key are exact");
+static_assert(KEYS*TURBO_MAX_ENTRY <= INT32_MAX/MAX_INT16, "sums of weight * value are exact");
 
 constexpr uint16_t HALF_MINUS_INFINITY = 0xfc00;
 
@@ -46,12 +59,12 @@ constexpr uint16_t HALF_MINUS_INFINITY = 0xfc00;
 // Calls f with the bits of a turbo type as a constant, 0 for any other type.
 template <typename F>
 void by_bits(ggml_type type, F && f) {
+#define TURBO_CALL(K, ID) case K: f(std::integral_constant<int, K>()); break;
     switch (turbo_bits(type)) {
-        case 2:  f(std::integral_constant<int, 2>()); break;
-        case 3:  f(std::integral_constant<int, 3>()); break;
-        case 4:  f(std::integral_constant<int, 4>()); break;
+        TURBO_TYPES(TURBO_CALL)
         default: f(std::integral_constant<int, 0>()); break;
     }
+#undef TURBO_CALL
 }
 
 // Keys are scored SCORE_STEP at a time.
@@ -197,13 +210,13 @@ float round_weights(const float * weights, const float * scales, int16_t * round
         largest = turbo_f32_max(largest, turbo_f32_mul(turbo_f32_load(weights + key), turbo_f32_load(scales + key)));
     }
     const float limit = turbo_f32_largest(largest);
-    // what is smaller than that is nothing beside the row's largest weight, which is 1
-    const turbo_f32 to_int16 = turbo_f32_set1(limit > 1e-30f ? 32767.0f/limit : 0.0f);
+    // below 1e-30 all products are 0: the row's largest weight is 1, so such scales hold values that add nothing
+    const turbo_f32 to_int16 = turbo_f32_set1(limit > 1e-30f ? MAX_INT16/limit : 0.0f);
     for (int key = 0; key < KEYS; key += TURBO_F32_LANES) {
         const turbo_f32 weight = turbo_f32_mul(turbo_f32_load(weights + key), turbo_f32_load(scales + key));
         turbo_f32_store_int16(rounded + key, turbo_f32_mul(weight, to_int16));
     }
-    return limit/32767.0f;
+    return limit/MAX_INT16;
 }
 
 // out[r] += unit[r] * sum over keys of weights * values; weights: [r][KEYS/2] words of two, values: [key/2][CHUNK].
@@ -211,7 +224,7 @@ template <int R>
 void add_int16(const int32_t * weights, const float * units, const int32_t * values, int n_keys, float * out, int64_t out_stride) {
     constexpr int STEP = TURBO_VALUE_STEP;
     register_tile<R, STEP> total;
-    for (int d = 0; d < CHUNK; d += STEP*TURBO_F32_LANES) {
+    for (int d = 0; d < CHUNK; d += VALUE_STEP) {
         turbo_i32 sum[R][STEP];
         total.each([&](int r, int j) { sum[r][j] = turbo_i32_set1(0); });
         for (int pair = 0; 2*pair < n_keys; ++pair) {
@@ -234,7 +247,7 @@ template <int R>
 void add_f32(const float * weights, const float * values, int n_keys, float * out, int64_t out_stride) {
     constexpr int STEP = TURBO_VALUE_STEP;
     register_tile<R, STEP> total;
-    for (int d = 0; d < CHUNK; d += STEP*TURBO_F32_LANES) {
+    for (int d = 0; d < CHUNK; d += VALUE_STEP) {
         total.load(out + d, out_stride);
         for (int key = 0; key < n_keys; ++key) {
             turbo_f32 v[STEP];
@@ -500,13 +513,13 @@ struct attention {
                 lanes = turbo_f32_max(lanes, turbo_f32_max(v, turbo_f32_sub(turbo_f32_set1(0.0f), v)));
             }
             const float largest = turbo_f32_largest(lanes);
-            const float to_int8 = largest > 0.0f ? 127.0f/largest : 0.0f;
+            const float to_int8 = largest > 0.0f ? MAX_INT8/largest : 0.0f;
             int32_t sum = 0;
             for (int i = 0; i < CHUNK; ++i) {
                 quantized[i] = (int8_t) rintf(x[c*CHUNK + i]*to_int8);
                 sum += quantized[i];
             }
-            s.query_scale[r*chunks + c] = largest/127.0f;
+            s.query_scale[r*chunks + c] = largest/MAX_INT8;
             s.query_sum[r*chunks + c]   = sum;
         }
     }

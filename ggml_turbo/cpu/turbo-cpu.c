@@ -2,7 +2,7 @@
 // instruction sets are the small helpers of turbo-simd.h.
 
 #include "turbo-cpu.h"
-#include "turbo-encoder.h"
+#include "turbo-encode.h"
 #include "turbo-simd.h"
 
 #if defined(_MSC_VER)
@@ -41,8 +41,23 @@ const char * turbo_cpu_simd(void) {
 
 // ---- encoder ----
 
+// Bits of the types that turbo_u16_spread knows, on every instruction set; the reference searches for any other.
+#define TURBO_SEARCHED(X) X(2) X(3) X(4)
+
 #define TURBO_VECTORS (TURBO_STATES/TURBO_LANES)
-#define TURBO_BEST_VECTORS(bits) ((1 << (8 - (bits))) > TURBO_LANES ? (1 << (8 - (bits)))/TURBO_LANES : 1) // of a row of best
+#define TURBO_BEST_VECTORS(bits) (TURBO_SHARED(bits) > TURBO_LANES ? TURBO_SHARED(bits)/TURBO_LANES : 1) // of a row
+
+TURBO_ASSERT(TURBO_STATES % TURBO_LANES == 0, "states fill whole vectors");
+TURBO_ASSERT(TURBO_MAX_SHARED % TURBO_LANES == 0, "rows of best are whole vectors in memory");
+TURBO_ASSERT(sizeof(turbo_paths) >= sizeof(uint16_t)*((QK_TURBO + 1)*TURBO_MAX_SHARED + 8),
+             "8 lanes may be read from any place in a row");
+
+#define TURBO_ASSERT_SEARCH(K)                                                                                        \
+    TURBO_ASSERT(TURBO_SHARED(K) % TURBO_LANES == 0 || TURBO_SHARED(K) == TURBO_LANES/2,                              \
+                 "the costs by shared bits fill whole vectors, or half of one, which is then folded");                \
+    TURBO_ASSERT(TURBO_CODES(K) == 4 || TURBO_CODES(K) % 8 == 0, "a traceback takes 8 states at a time, or 4");
+TURBO_SEARCHED(TURBO_ASSERT_SEARCH)
+#undef TURBO_ASSERT_SEARCH
 
 // One value further: best, the costs by shared bits, and what renormalizing takes off them.
 TURBO_INLINE uint16_t turbo_step(int bits, const turbo_u16 * entries, int16_t target, int renormalize, turbo_u16 * best) {
@@ -58,7 +73,7 @@ TURBO_INLINE uint16_t turbo_step(int bits, const turbo_u16 * entries, int16_t ta
         best[v % n_best] = turbo_u16_min(best[v % n_best], cost);
     }
 #if TURBO_LANES > 16
-    if ((1 << (8 - bits)) < TURBO_LANES) {
+    if (TURBO_SHARED(bits) < TURBO_LANES) {
         best[0] = turbo_u16_fold(best[0]);
     }
 #endif
@@ -80,7 +95,7 @@ TURBO_INLINE uint16_t turbo_step(int bits, const turbo_u16 * entries, int16_t ta
 TURBO_INLINE void turbo_search_bits(int bits, const turbo_codec * codec, turbo_candidate * candidates) {
     const int n_best = TURBO_BEST_VECTORS(bits);
 
-    turbo_u16 entries[TURBO_VECTORS], best[2][64/TURBO_LANES];
+    turbo_u16 entries[TURBO_VECTORS], best[2][TURBO_MAX_SHARED/TURBO_LANES];
     for (int v = 0; v < TURBO_VECTORS; ++v) {
         entries[v] = turbo_u16_entries(codec->by_low + v*TURBO_LANES);
     }
@@ -108,7 +123,8 @@ TURBO_INLINE uint8_t turbo_cheapest(int bits, const turbo_codec * codec, const t
     const uint16_t * best = candidate->paths.best[i];
     uint32_t cheapest = UINT32_MAX; // cost << 16 | state
     for (int s = first; s < end; s += bits == 2 ? 4 : 8) {
-        const turbo_u16x8 costs = turbo_u16x8_costs(candidate->target[i], codec->codebook + s, best + s % (1 << (8 - bits)));
+        const uint16_t *  from  = best + s % TURBO_SHARED(bits);
+        const turbo_u16x8 costs = turbo_u16x8_costs(candidate->target[i], codec->codebook + s, from);
         const uint32_t    c     = turbo_u16x8_argmin(bits == 2 ? turbo_u16x8_first4(costs) : costs) + (uint32_t) s;
         cheapest = c < cheapest ? c : cheapest;
     }
@@ -122,33 +138,22 @@ TURBO_INLINE void turbo_traceback_bits(int bits, const turbo_codec * codec, int 
     }
     for (int i = QK_TURBO - 2; i >= 0; --i) {
         for (int j = 0; j < n; ++j) {
-            const int first = (states[j][i + 1] << bits) % TURBO_STATES;
-            states[j][i] = turbo_cheapest(bits, codec, candidates[j], i, first, first + (1 << bits));
+            const int first = turbo_first_before(bits, states[j][i + 1]);
+            states[j][i] = turbo_cheapest(bits, codec, candidates[j], i, first, first + TURBO_CODES(bits));
         }
     }
 }
 
-#define TURBO_SEARCH(K)                                                                                                 \
-    static void turbo_search_##K(const turbo_codec * codec, turbo_candidate * candidates) {                             \
-        turbo_search_bits(K, codec, candidates);                                                                        \
-    }                                                                                                                   \
-    static void turbo_traceback_##K(const turbo_codec * codec, int n, const turbo_candidate * const * candidates,       \
-                                    uint8_t states[][QK_TURBO]) {                                                       \
-        turbo_traceback_bits(K, codec, n, candidates, states);                                                          \
+#define TURBO_SEARCH(K)                                                                                               \
+    static void turbo_search_##K(const turbo_codec * codec, turbo_candidate * candidates) {                           \
+        turbo_search_bits(K, codec, candidates);                                                                      \
+    }                                                                                                                 \
+    static void turbo_traceback_##K(const turbo_codec * codec, int n, const turbo_candidate * const * candidates,     \
+                                    uint8_t states[][QK_TURBO]) {                                                     \
+        turbo_traceback_bits(K, codec, n, candidates, states);                                                        \
     }
 
-TURBO_SEARCH(2)
-TURBO_SEARCH(3)
-TURBO_SEARCH(4)
-
-// 1 or 2 blocks
-static void turbo_encode_blocks_cpu(const turbo_codec * codec, int n, const float * x, uint8_t * blocks) {
-    switch (codec->bits) {
-        case 2: turbo_encode_blocks(codec, n, x, blocks, turbo_search_2, turbo_traceback_2); break;
-        case 3: turbo_encode_blocks(codec, n, x, blocks, turbo_search_3, turbo_traceback_3); break;
-        case 4: turbo_encode_blocks(codec, n, x, blocks, turbo_search_4, turbo_traceback_4); break;
-    }
-}
+TURBO_SEARCHED(TURBO_SEARCH)
 
 // ---- decoder ----
 
@@ -174,12 +179,6 @@ TURBO_INLINE float turbo_vec_dot_bits(int bits, int n, const uint8_t * blocks, c
 
 #else // no SIMD
 
-static void turbo_encode_blocks_cpu(const turbo_codec * codec, int n, const float * x, uint8_t * blocks) {
-    for (int i = 0; i < n; ++i) {
-        turbo_quantize_block(codec, x + i*QK_TURBO, blocks + i*TURBO_BLOCK_BYTES(codec->bits));
-    }
-}
-
 static void turbo_dequantize_row_bits(int bits, const uint8_t * blocks, float * y, int64_t n) {
     for (int64_t i = 0; i < n/QK_TURBO; ++i) {
         turbo_dequantize_block(turbo_get_codec(bits), blocks + i*TURBO_BLOCK_BYTES(bits), y + i*QK_TURBO);
@@ -200,6 +199,21 @@ static float turbo_vec_dot_bits(int bits, int n, const uint8_t * blocks, const t
 
 #endif
 
+// 1 or 2 blocks
+static void turbo_encode_blocks_cpu(const turbo_codec * codec, int n, const float * x, uint8_t * blocks) {
+#ifdef TURBO_LANES
+#define TURBO_ENCODE(K) \
+    case K: turbo_encode_blocks(codec, n, x, blocks, turbo_search_##K, turbo_traceback_##K); return;
+    switch (codec->bits) {
+        TURBO_SEARCHED(TURBO_ENCODE)
+    }
+#undef TURBO_ENCODE
+#endif
+    for (int i = 0; i < n; ++i) {
+        turbo_quantize_block(codec, x + i*QK_TURBO, blocks + i*TURBO_BLOCK_BYTES(codec->bits));
+    }
+}
+
 void turbo_quantize_blocks_cpu(const turbo_codec * codec, const float * x, uint8_t * blocks, int64_t n_blocks) {
     for (int64_t i = 0; i < n_blocks; i += 2) {
         const int n = n_blocks - i < 2 ? 1 : 2;
@@ -207,19 +221,17 @@ void turbo_quantize_blocks_cpu(const turbo_codec * codec, const float * x, uint8
     }
 }
 
-#define TURBO_ROWS_CPU(K)                                                                                               \
-    void quantize_row_turbo##K(const float * x, void * y, int64_t n) {                                                  \
-        turbo_quantize_blocks_cpu(turbo_get_codec(K), x, (uint8_t *) y, n/QK_TURBO);                                    \
-    }                                                                                                                   \
-    void dequantize_row_turbo##K##_cpu(const void * x, float * y, int64_t n) {                                          \
-        turbo_dequantize_row_bits(K, (const uint8_t *) x, y, n);                                                        \
-    }                                                                                                                   \
-    void ggml_vec_dot_turbo##K##_q8_0(int n, float * s, size_t bs, const void * vx, size_t bx, const void * vy,         \
-                                      size_t by, int nrc) {                                                             \
-        (void) bs, (void) bx, (void) by, (void) nrc; /* strides of the nrc > 1 form, which no turbo type announces */   \
-        *s = turbo_vec_dot_bits(K, n, (const uint8_t *) vx, (const turbo_q8_0 *) vy);                                   \
+#define TURBO_ROWS_CPU(K, ID)                                                                                         \
+    void quantize_row_turbo##K(const float * x, void * y, int64_t n) {                                                \
+        turbo_quantize_blocks_cpu(turbo_get_codec(K), x, (uint8_t *) y, n/QK_TURBO);                                  \
+    }                                                                                                                 \
+    void dequantize_row_turbo##K##_cpu(const void * x, float * y, int64_t n) {                                        \
+        turbo_dequantize_row_bits(K, (const uint8_t *) x, y, n);                                                      \
+    }                                                                                                                 \
+    void ggml_vec_dot_turbo##K##_q8_0(int n, float * s, size_t bs, const void * vx, size_t bx, const void * vy,       \
+                                      size_t by, int nrc) {                                                           \
+        (void) bs, (void) bx, (void) by, (void) nrc; /* strides of the nrc > 1 form, which no turbo type announces */ \
+        *s = turbo_vec_dot_bits(K, n, (const uint8_t *) vx, (const turbo_q8_0 *) vy);                                 \
     }
 
-TURBO_ROWS_CPU(2)
-TURBO_ROWS_CPU(3)
-TURBO_ROWS_CPU(4)
+TURBO_TYPES(TURBO_ROWS_CPU)

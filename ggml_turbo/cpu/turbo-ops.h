@@ -1,6 +1,7 @@
 #pragma once
 
 #include "ggml-backend.h"
+#include "ggml-turbo.h"
 
 // How our operators get into ggml's CPU back end: it asks its "extra buffer types", and only them, who wants an
 // operator. So this is one, though no tensor ever lives in it. NULL without SIMD: the stock operators then do the work.
@@ -9,11 +10,6 @@ ggml_backend_buffer_type_t ggml_backend_cpu_turbo_buffer_type(void);
 #ifdef __cplusplus
 
 #include "traits.h"
-
-// Bits of a code of a turbo type, 0 for any other type.
-inline int turbo_bits(ggml_type type) {
-    return type == GGML_TYPE_TURBO2 ? 2 : type == GGML_TYPE_TURBO3 ? 3 : type == GGML_TYPE_TURBO4 ? 4 : 0;
-}
 
 // Each returns what computes op, or nullptr if op is not for it.
 ggml::cpu::tensor_traits * turbo_attention_claims(const ggml_tensor * op); // turbo-attention.cpp

@@ -3,7 +3,7 @@
 // The SIMD helpers (turbo-simd.h says what each does) for AVX2 with FMA.
 
 #include "turbo-simd-sse.h"
-#include "turbo-windows.h"
+#include "turbo-states.h"
 
 #define TURBO_SIMD  "avx2"
 #define TURBO_LANES 16
@@ -77,6 +77,8 @@ static inline void turbo_u16_spread(int bits, const turbo_u16 * best, turbo_u16 
 
 // ---- decoder ----
 
+TURBO_ASSERT(2*TURBO_MAX_ENTRY*127 <= INT16_MAX, "a sum of two products of an entry and a byte does not saturate");
+
 typedef struct { __m256i half[2]; } turbo_i8x64;
 
 static inline __m256i turbo_load_pair(const void * low, const void * high) {
@@ -88,14 +90,14 @@ static inline __m256i turbo_broadcast128(const void * p) {
     return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *) p));
 }
 
-// Windows of the values 32*half .. 32*half + 31.
-static inline __m256i turbo_windows(int bits, int half, const uint8_t * block) {
+// States of the values 32*half .. 32*half + 31.
+static inline __m256i turbo_states(int bits, int half, const uint8_t * block) {
     const int g = 2*half;
-    const __m256i bytes = turbo_load_pair(block + TURBO_WINDOW_LOAD(bits, g), block + TURBO_WINDOW_LOAD(bits, g + 1));
+    const __m256i bytes = turbo_load_pair(block + TURBO_STATE_LOAD(bits, g), block + TURBO_STATE_LOAD(bits, g + 1));
     __m256i parity[2];
     for (int odd = 0; odd < 2; ++odd) {
-        const __m256i gather = _mm256_loadu_si256((const __m256i *) turbo_window_bytes[bits - 2][odd][g]);
-        const __m256i factor = turbo_broadcast128(turbo_window_factors[bits - 2][odd]);
+        const __m256i gather = _mm256_loadu_si256((const __m256i *) turbo_state_bytes[bits - TURBO_FEWEST_BITS][odd][g]);
+        const __m256i factor = turbo_broadcast128(turbo_state_factors[bits - TURBO_FEWEST_BITS][odd]);
         parity[odd] = _mm256_mullo_epi16(_mm256_shuffle_epi8(bytes, gather), factor);
     }
     return _mm256_or_si256(_mm256_srli_epi16(parity[0], 8), _mm256_and_si256(parity[1], _mm256_set1_epi16((short) 0xff00)));
@@ -124,7 +126,7 @@ static inline turbo_i8x64 turbo_entries(const turbo_codec * codec, int bits, con
         return c;
     }
     for (int half = 0; half < 2; ++half) {
-        const __m256i w = turbo_windows(bits, half, block);
+        const __m256i w = turbo_states(bits, half, block);
         c.half[half] = turbo_entries_of(codec, _mm256_and_si256(w, nibble), _mm256_and_si256(_mm256_srli_epi16(w, 4), nibble));
     }
     return c;
@@ -154,7 +156,7 @@ static inline turbo_sum turbo_sum_dot(turbo_sum sum, turbo_i8x64 c, const int8_t
     const int8_t * q[2] = { q0, q1 };
     const float    d[2] = { d0, d1 };
     for (int half = 0; half < 2; ++half) {
-        // |c| times q with the sign of c: one factor must be unsigned; pairs stay below 2*127*127
+        // |c| times q with the sign of c: one factor must be unsigned; sums of pairs fit in 16 bits
         const __m256i cq  = _mm256_sign_epi8(_mm256_loadu_si256((const __m256i *) q[half]), c.half[half]);
         const __m256i dot = _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(c.half[half]), cq), _mm256_set1_epi16(1));
         sum = _mm256_fmadd_ps(_mm256_set1_ps(d[half]), _mm256_cvtepi32_ps(dot), sum);

@@ -59,9 +59,9 @@ static inline void turbo_u16_spread(int bits, const turbo_u16 * best, turbo_u16 
 
 typedef __m512i turbo_i8x64;
 
-// Values 8q .. 8q+7 have their windows in the 5 bytes from 1 + kq, k bits apart: quadword q takes these bytes,
-// then its 8 windows.
-static inline __m512i turbo_windows(int bits, const uint8_t * block) {
+// Values 8q .. 8q+7 have their states in the 5 bytes from 1 + kq, k bits apart: quadword q takes these bytes,
+// then its 8 states.
+static inline __m512i turbo_states(int bits, const uint8_t * block) {
     const __m512i bytes = _mm512_maskz_loadu_epi8(((__mmask64) 1 << TURBO_BLOCK_BYTES(bits)) - 1, block);
     const int64_t ramp = 0x0807060504030201, each = 0x0101010101010101*bits;
     const __m512i index = _mm512_set_epi64(ramp + 7*each, ramp + 6*each, ramp + 5*each, ramp + 4*each,
@@ -75,7 +75,7 @@ static inline turbo_i8x64 turbo_entries(const turbo_codec * codec, int bits, con
     const __m512i b = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *) codec->b));
     const __m512i p = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *) codec->p));
     const __m512i nibble = _mm512_set1_epi8(15);
-    const __m512i w    = turbo_windows(bits, block);
+    const __m512i w    = turbo_states(bits, block);
     const __m512i low  = _mm512_and_si512(w, nibble);
     const __m512i high = _mm512_and_si512(_mm512_srli_epi16(w, 4), nibble);
     const __m512i from_b = _mm512_shuffle_epi8(b, _mm512_xor_si512(high, _mm512_shuffle_epi8(p, low)));

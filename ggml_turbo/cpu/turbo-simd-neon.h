@@ -4,7 +4,7 @@
 
 #include <arm_neon.h>
 
-#include "turbo-windows.h"
+#include "turbo-states.h"
 
 #define TURBO_SIMD  "neon"
 #define TURBO_LANES 8
@@ -83,13 +83,13 @@ static inline uint32_t turbo_u16x8_argmin(turbo_u16x8 x) {
 
 typedef struct { int8x16_t quarter[4]; } turbo_i8x64;
 
-// Windows of the values 16*g .. 16*g + 15.
-static inline uint8x16_t turbo_windows(int bits, int g, const uint8_t * block) {
-    const uint8x16_t bytes = vld1q_u8(block + TURBO_WINDOW_LOAD(bits, g));
+// States of the values 16*g .. 16*g + 15.
+static inline uint8x16_t turbo_states(int bits, int g, const uint8_t * block) {
+    const uint8x16_t bytes = vld1q_u8(block + TURBO_STATE_LOAD(bits, g));
     uint16x8_t parity[2];
     for (int odd = 0; odd < 2; ++odd) {
-        const uint16x8_t pairs = vreinterpretq_u16_u8(vqtbl1q_u8(bytes, vld1q_u8(turbo_window_bytes[bits - 2][odd][g])));
-        parity[odd] = vmulq_u16(pairs, vld1q_u16(turbo_window_factors[bits - 2][odd]));
+        const uint16x8_t pairs = vreinterpretq_u16_u8(vqtbl1q_u8(bytes, vld1q_u8(turbo_state_bytes[bits - TURBO_FEWEST_BITS][odd][g])));
+        parity[odd] = vmulq_u16(pairs, vld1q_u16(turbo_state_factors[bits - TURBO_FEWEST_BITS][odd]));
     }
     return vreinterpretq_u8_u16(vsriq_n_u16(parity[1], parity[0], 8));
 }
@@ -115,7 +115,7 @@ static inline turbo_i8x64 turbo_entries(const turbo_codec * codec, int bits, con
         return c;
     }
     for (int g = 0; g < 4; ++g) {
-        const uint8x16_t w = turbo_windows(bits, g, block);
+        const uint8x16_t w = turbo_states(bits, g, block);
         c.quarter[g] = turbo_entries_of(codec, vandq_u8(w, nibble), vshrq_n_u8(w, 4));
     }
     return c;

@@ -1,12 +1,26 @@
 """Copies a pristine llama.cpp tree and inserts our lines into the copy.
 
-    python graft.py SOURCE DESTINATION    copy and insert; files that stay the same keep their mtime
-    python graft.py --check SOURCE        only look whether every anchor is found
+    python graft.py SOURCE DESTINATION [--patch FILE]
+        copy and insert; files that stay the same keep their mtime. FILE gets the whole change as one unified diff
+    python graft.py --check SOURCE
+        only look whether every anchor is found
 
-insertions.toml says what is inserted where, and why; pin.toml for which llama.cpp.
+insertions/*.toml say what is inserted where, and why; pin.toml for which llama.cpp. Nothing is removed. An insertion has
+
+    file            the file of llama.cpp
+    why             the reason it exists, in words that need no other insertion beside them
+    within          a block, or a list of them, that holds the anchor: by its first line (or lines), from which it reaches to
+                    its closing brace; or by a comment, which stands for the block around it. Absent: the whole file
+    before, after   the anchor: a text that stands exactly once in the block
+    lines           whole lines, put before or after the anchor's line
+    inline          characters, put right before or after the anchor
+
+All code is in our own files, with ggml_turbo/ on the include path; compiling and linking them needs no insertion, since the
+top CMakeLists.txt adds them to llama.cpp's targets.
 """
 
 import argparse
+import difflib
 import filecmp
 import re
 import shutil
@@ -23,6 +37,14 @@ MARKER = ".grafted"
 
 class GraftError(Exception):
     """The source tree and the list of insertions do not fit together, or a folder may not be written."""
+
+
+class AnchorError(GraftError):
+    """An anchor or a block is not there once: problem is "missing" or "ambiguous"."""
+
+    def __init__(self, problem: str, message: str) -> None:
+        super().__init__(message)
+        self.problem = problem
 
 
 @dataclass(frozen=True)
@@ -43,12 +65,20 @@ class Insertion:
         return [self._offset(content, *region) for region in regions]
 
     def _block(self, content: str, first_line: str) -> tuple[int, int]:
-        """From the line that holds first_line to the closing brace at that line's indentation."""
+        """From the line in which first_line begins to the end of its block, or of the block around it if it is a comment."""
         begin = self._only(content, first_line, 0, len(content))
         begin = content.rfind("\n", 0, begin) + 1
         indent = re.compile(r"[ \t]*").match(content, begin).group()
-        end = re.compile(rf"^{indent}}}", re.MULTILINE).search(content, begin)
-        return begin, end.end() if end else len(content)
+        if self.file.endswith(".py") and first_line.endswith(":"):
+            pattern = rf"^(?!{indent}[ \t])(?=.)"  # the next line that is not further in
+        elif first_line.lstrip().startswith("//"):
+            pattern = rf"^(?!{indent})[ \t]*}}"
+        else:
+            pattern = rf"^{indent}}}"
+        end = re.compile(pattern, re.MULTILINE).search(content, content.find("\n", begin) + 1)
+        if not end:
+            raise AnchorError("missing", self._misfit("begins a block that has no end", first_line))
+        return begin, end.end()
 
     def _offset(self, content: str, begin: int, end: int) -> int:
         at = self._only(content, self.anchor, begin, end)
@@ -62,9 +92,9 @@ class Insertion:
     def _only(self, content: str, text: str, begin: int, end: int) -> int:
         at = content.find(text, begin, end)
         if at < 0:
-            raise GraftError(self._misfit("is not there", text))
+            raise AnchorError("missing", self._misfit("is not there", text))
         if content.find(text, at + 1, end) >= 0:
-            raise GraftError(self._misfit("stands there more than once", text))
+            raise AnchorError("ambiguous", self._misfit("stands there more than once", text))
         return at
 
     def _misfit(self, problem: str, text: str) -> str:
@@ -73,15 +103,29 @@ class Insertion:
             f"    {text.strip()}\n"
             f"wanted for: {self.why}\n"
             f"The insertions are written for the llama.cpp in {PIN['package']} {PIN['version']} (ggml {PIN['ggml']}): "
-            "build with that one, or adapt ggml_turbo/graft/insertions.toml."
+            "build with that one, or adapt the insertion in ggml_turbo/graft/insertions."
         )
 
 
-def load(path: Path = HERE / "insertions.toml") -> list[Insertion]:
-    return [_parse(entry) for entry in tomllib.loads(path.read_text())["insert"]]
+def load(folder: Path = HERE / "insertions") -> list[Insertion]:
+    """The insertions of all files in a folder. Raises GraftError if one has an unknown key, or lacks one."""
+    insertions = []
+    for path in sorted(folder.glob("*.toml")):
+        content = tomllib.loads(path.read_text())
+        for entry in content.pop("insert", []):
+            insertions.append(_parse(path.name, entry))
+        if content:
+            raise GraftError(f"{path.name}: {', '.join(content)}: only [[insert]] is known here")
+    return insertions
 
 
-def _parse(entry: dict) -> Insertion:
+def _parse(name: str, entry: dict) -> Insertion:
+    described = f"{name}: the insertion for {entry.get('why', entry)!r}"
+    if unknown := entry.keys() - {"file", "why", "within", "before", "after", "lines", "inline"}:
+        raise GraftError(f"{described} has unknown keys: {', '.join(sorted(unknown))}")
+    for keys in (("file",), ("why",), ("before", "after"), ("lines", "inline")):
+        if len(entry.keys() & set(keys)) != 1:
+            raise GraftError(f"{described} needs {' or '.join(keys)}, once")
     side = "before" if "before" in entry else "after"
     blocks = entry.get("within", [])
     return Insertion(
@@ -93,6 +137,19 @@ def _parse(entry: dict) -> Insertion:
         whole_lines="lines" in entry,
         blocks=(blocks,) if isinstance(blocks, str) else tuple(blocks),
     )
+
+
+def misfits(source: Path, insertions: list[Insertion]) -> list[tuple[Insertion, str]]:
+    """The insertions that do not fit a tree, each with its problem: "missing" or "ambiguous"."""
+    found = []
+    for insertion in insertions:
+        try:
+            insertion.offsets((source / insertion.file).read_bytes().decode())
+        except FileNotFoundError:
+            found.append((insertion, "missing"))
+        except AnchorError as error:
+            found.append((insertion, error.problem))
+    return found
 
 
 def insert(source: Path, insertions: list[Insertion]) -> dict[str, str]:
@@ -112,6 +169,16 @@ def insert(source: Path, insertions: list[Insertion]) -> dict[str, str]:
             content = content[:offset] + text + content[offset:]
         grafted[name] = content
     return grafted
+
+
+def patch(source: Path, grafted: dict[str, str]) -> str:
+    """The change of all files as one unified diff, as `git apply` and `patch -p1` take it."""
+    pieces = []
+    for name, content in sorted(grafted.items()):
+        before = (source / name).read_bytes().decode().splitlines(keepends=True)
+        after = content.splitlines(keepends=True)
+        pieces += difflib.unified_diff(before, after, f"a/{name}", f"b/{name}")
+    return "".join(pieces)
 
 
 def write(source: Path, destination: Path, grafted: dict[str, str]) -> None:
@@ -152,6 +219,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("source", type=Path)
     parser.add_argument("destination", type=Path, nargs="?")
+    parser.add_argument("--patch", type=Path, metavar="FILE", help="where the change goes as a unified diff")
     parser.add_argument("--check", action="store_true", help="write nothing, only look for the anchors")
     arguments = parser.parse_args()
     if (arguments.destination is None) != arguments.check:
@@ -160,6 +228,8 @@ def main() -> None:
         grafted = insert(arguments.source, load())
         if not arguments.check:
             write(arguments.source, arguments.destination, grafted)
+        if arguments.patch:
+            arguments.patch.write_bytes(patch(arguments.source, grafted).encode())
     except GraftError as error:
         sys.exit(f"graft: {error}")
 

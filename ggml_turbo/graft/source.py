@@ -14,7 +14,8 @@ import tempfile
 import tomllib
 from pathlib import Path
 
-PIN = tomllib.loads((Path(__file__).resolve().parent / "pin.toml").read_text())
+HERE = Path(__file__).resolve().parent
+PIN = tomllib.loads((HERE / "pin.toml").read_text())
 NAME = f"{PIN['package']} {PIN['version']}"
 OFFLINE = (
     f"Without a network: get the source distribution of {NAME} elsewhere, unpack it, "
@@ -42,8 +43,7 @@ def tree(path: Path) -> Path:
     cmake = path / "ggml" / "CMakeLists.txt"
     if not cmake.is_file():
         raise SourceError(f"LLAMA_CPP_DIR={path} is not a llama.cpp tree: it has no ggml/CMakeLists.txt.")
-    parts = dict(re.findall(r"set\(GGML_VERSION_(MAJOR|MINOR|PATCH) (\d+)\)", cmake.read_text()))
-    version = ".".join(parts.get(part, "?") for part in ("MAJOR", "MINOR", "PATCH"))
+    version = ggml_version(path)
     if version != PIN["ggml"]:
         raise SourceError(
             f"LLAMA_CPP_DIR={path} has ggml {version}; this version of turboquant-gguf supports ggml {PIN['ggml']}, "
@@ -52,15 +52,26 @@ def tree(path: Path) -> Path:
     return path
 
 
-def pinned(cache: Path) -> Path:
-    """The unpacked folder in the cache. It appears there in one step, so what exists is complete."""
-    folder = cache / f"llama.cpp-{PIN['version']}-{PIN['sha256'][:12]}"
+def ggml_version(tree: Path) -> str:
+    """The version that a llama.cpp tree says it has, such as "0.25.3"."""
+    text = (tree / "ggml" / "CMakeLists.txt").read_text()
+    parts = dict(re.findall(r"set\(GGML_VERSION_(MAJOR|MINOR|PATCH) (\d+)\)", text))
+    return ".".join(parts.get(part, "?") for part in ("MAJOR", "MINOR", "PATCH"))
+
+
+def pinned(cache: Path, pin: dict | None = None) -> Path:
+    """The unpacked folder in the cache. It appears there in one step, so what exists is complete.
+
+    pin: another than that of pin.toml, with the same keys.
+    """
+    pin = pin or PIN
+    folder = cache / f"llama.cpp-{pin['version']}-{pin['sha256'][:12]}"
     if folder.is_dir():
         return folder
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache, prefix="unpack-") as scratch:
-            archive = download(Path(scratch))
+            archive = download(Path(scratch), pin)
             unpacked = unpack(archive, Path(scratch))
             try:
                 os.rename(unpacked, folder)
@@ -72,21 +83,24 @@ def pinned(cache: Path) -> Path:
     return folder
 
 
-def download(scratch: Path) -> Path:
+def download(scratch: Path, pin: dict) -> Path:
     """The source distribution in `scratch`, through pip, which checks its hash before it looks inside.
 
+    pin: as in pin.toml; without "sha256", which is for a release that has none here yet, pip asks the registry for it.
     For metadata that nobody needs here, pip then asks the build back end that the distribution names. A stand-in of
     that name answers, so that neither code of the distribution runs nor build requirements are fetched for it.
     """
     requirement, backend = scratch / "requirement.txt", scratch / "backend"
-    requirement.write_text(f"{PIN['package']}=={PIN['version']} --hash=sha256:{PIN['sha256']}\n")
-    module = backend.joinpath(*PIN["backend"].split(".")).with_suffix(".py")
+    name = f"{pin['package']} {pin['version']}"
+    known = [f"--hash=sha256:{pin['sha256']}"] if "sha256" in pin else []
+    requirement.write_text(" ".join([f"{pin['package']}=={pin['version']}", *known]) + "\n")
+    module = backend.joinpath(*pin["backend"].split(".")).with_suffix(".py")
     module.parent.mkdir(parents=True)
-    module.write_text(BACKEND.format(**PIN, module=PIN["package"].replace("-", "_")))
+    module.write_text(BACKEND.format(**pin, module=pin["package"].replace("-", "_")))
     command = [
         sys.executable, "-P", "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
-        "--no-binary", PIN["package"], "--no-build-isolation", "--require-hashes", "--requirement", str(requirement),
-        "--dest", str(scratch),
+        "--no-binary", pin["package"], "--no-build-isolation", *(["--require-hashes"] if known else []),
+        "--requirement", str(requirement), "--dest", str(scratch),
     ]
     path = os.pathsep.join(filter(None, [str(backend), os.environ.get("PYTHONPATH")]))
     result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
@@ -95,11 +109,11 @@ def download(scratch: Path) -> Path:
         said = (result.stderr or result.stdout).strip()
         if "DO NOT MATCH THE HASHES" in said:
             raise SourceError(
-                f"The download of {NAME} has another SHA-256 than {PIN['sha256']}: it is damaged or not the published "
+                f"The download of {name} has another SHA-256 than {pin['sha256']}: it is damaged or not the published "
                 f"file, and was thrown away.\nRun `{sys.executable} -m pip cache purge` and try again. {OFFLINE}"
             )
         last = said.splitlines()[-1] if said else "pip said nothing"
-        raise SourceError(f"pip could not download {NAME}: {last}\nCheck the network and try again. {OFFLINE}")
+        raise SourceError(f"pip could not download {name}: {last}\nCheck the network and try again. {OFFLINE}")
     return archives[0]
 
 

@@ -38,10 +38,14 @@ static bool check_number(const char * what, ggml_type type) {
         return true;
     }
     const bool has_name = type >= 0 && type < GGML_TYPE_COUNT && ggml_blck_size(type) != 0;
-    LLAMA_LOG_ERROR("%s: the %s cache cannot be of type %d%s%s%s. turbo2, turbo3 and turbo4 are %d, %d and %d here, which other builds of "
-        "llama.cpp may number otherwise; f16 is %d and q8_0 %d\n", __func__, what, (int) type, has_name ? " (" : "",
+    std::string numbers;
+#define TURBO_NUMBER(K, ID) numbers += "turbo" #K " is " + std::to_string(GGML_TYPE_TURBO##K) + ", ";
+    TURBO_TYPES(TURBO_NUMBER)
+#undef TURBO_NUMBER
+    LLAMA_LOG_ERROR("%s: the %s cache cannot be of type %d%s%s%s. Here %sf16 is %d and q8_0 %d; other builds of llama.cpp may "
+        "number types otherwise\n", __func__, what, (int) type, has_name ? " (" : "",
         has_name ? ggml_type_name(type) : "", has_name ? "), which no cache can have" : ", which is none",
-        GGML_TYPE_TURBO2, GGML_TYPE_TURBO3, GGML_TYPE_TURBO4, GGML_TYPE_F16, GGML_TYPE_Q8_0);
+        numbers.c_str(), GGML_TYPE_F16, GGML_TYPE_Q8_0);
     return false;
 }
 

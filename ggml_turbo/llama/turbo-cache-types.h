@@ -2,13 +2,10 @@
 
 // Whether a context can have the cache types it is asked for.
 
+#include "ggml-turbo.h"
 #include "llama.h"
 
 struct llama_model;
-
-static inline bool turbo_is_type(ggml_type type) {
-    return type == GGML_TYPE_TURBO2 || type == GGML_TYPE_TURBO3 || type == GGML_TYPE_TURBO4;
-}
 
 // Refuses numbers that are no type and head sizes that a type's blocks do not divide, with a line in the log that says what
 // works instead. For a model that keeps no keys and values, the types become F16, which every model can have.

@@ -2,11 +2,11 @@
 
 #include "llama-impl.h"
 #include "llama-model.h"
+#include "turbo-settings.h"
 
 #include "gguf.h"
 
 #include <cmath>
-#include <cstdlib>
 #include <stdexcept>
 #include <string>
 
@@ -61,22 +61,6 @@ static bool has_sinks(const gguf_context * metadata, uint32_t n_layer) {
     return false;
 }
 
-// Whether the model's graph stores keys through llm_graph_context::build_attn, where queries and keys are calibrated.
-static bool is_supported(const llama_model & model) {
-    switch (model.arch) {
-        case LLM_ARCH_DEEPSEEK32:
-        case LLM_ARCH_DEEPSEEK4:
-        case LLM_ARCH_DFLASH:
-        case LLM_ARCH_DOTS3NOTE:
-        case LLM_ARCH_GLM_DSA:
-        case LLM_ARCH_MINIMAX_M3:
-        case LLM_ARCH_QWEN4EXP:
-            return false;
-        default:
-            return !model.hparams.is_mla();
-    }
-}
-
 // Throws if the vectors of a layer cannot come from calibration.py.
 static void check_values(const llama_turbo_calibration::layer & layer, size_t il, size_t n_embd_head) {
     const float largest = largest_scale(n_embd_head);
@@ -114,7 +98,7 @@ std::shared_ptr<const llama_turbo_calibration> llama_turbo_calibration::load(con
     const auto sizes   = array<int32_t>(metadata, "sizes",  GGUF_TYPE_INT32);
     const auto centers = array<float>  (metadata, "center", GGUF_TYPE_FLOAT32);
     const auto scales  = array<float>  (metadata, "scale",  GGUF_TYPE_FLOAT32);
-    if (!is_supported(model)) {
+    if (hparams.is_mla()) {
         throw refusal("is of no use: models of this architecture cannot be calibrated");
     }
     if (!centers.empty() && (hparams.attn_soft_cap || has_sinks(metadata, hparams.n_layer_all))) {
@@ -187,9 +171,9 @@ static bool is_too_long(const llama_turbo_calibration & calibration) {
 
 std::shared_ptr<llama_turbo_keys> llama_turbo_keys::make(const llama_model & model, ggml_type type_k, const std::map<uint32_t, place> & places) {
     const auto & calibration = model.turbo_calibration;
-    const char * env = getenv("LLAMA_TURBO_CALIBRATION");
-    const std::string asked = env ? env : "";
-    if (!calibration || asked == "0" || (asked != "force" && (!ggml_is_quantized(type_k) || is_too_long(*calibration)))) {
+    const int32_t use = llama_turbo_taken_params().calibration;
+    if (!calibration || use == LLAMA_TURBO_USE_NONE ||
+            (use != LLAMA_TURBO_USE_FORCE && (!ggml_is_quantized(type_k) || is_too_long(*calibration)))) {
         return nullptr;
     }
 
@@ -236,6 +220,16 @@ std::shared_ptr<llama_turbo_keys> llama_turbo_keys::make(const llama_model & mod
         !result->layers.empty() && result->layers.begin()->second.center ? "centred and " : "", result->layers.size(),
         (unsigned long long) calibration->hash);
     return result;
+}
+
+const ggml_tensor * llama_turbo_keys::scale(int32_t il) const {
+    const auto it = layers.find(il);
+    return it == layers.end() ? nullptr : it->second.scale;
+}
+
+const ggml_tensor * llama_turbo_keys::q_scale(int32_t il) const {
+    const auto it = layers.find(il);
+    return it == layers.end() ? nullptr : it->second.q_scale;
 }
 
 ggml_tensor * llama_turbo_keys::apply_k(ggml_context * ctx, ggml_tensor * k, int32_t il) const {

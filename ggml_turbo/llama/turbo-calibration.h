@@ -55,11 +55,15 @@ public:
     };
 
     // Null if the model is not calibrated, keys of type_k are stored as they are, or the context is longer than what the
-    // calibration was measured for, of which the log then warns. LLAMA_TURBO_CALIBRATION=0 turns it off;
-    // LLAMA_TURBO_CALIBRATION=force on for every type and length, which loses nothing and tests the arithmetic.
+    // calibration was measured for, of which the log then warns; or as the context's settings say
+    // (turbo-settings.h).
     static std::shared_ptr<llama_turbo_keys> make(const llama_model & model, ggml_type type_k, const std::map<uint32_t, place> & places);
 
     uint64_t hash() const { return calibration->hash; }
+
+    // What the keys and the queries of a layer are multiplied by; null if it is not calibrated.
+    const ggml_tensor * scale  (int32_t il) const;
+    const ggml_tensor * q_scale(int32_t il) const;
 
     // Nodes of a graph. k: [head size, KV heads, tokens], q: [head size, heads, tokens], both F32.
     ggml_tensor * apply_k(ggml_context * ctx, ggml_tensor * k, int32_t il) const;

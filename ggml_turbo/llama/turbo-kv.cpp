@@ -1,14 +1,20 @@
 #include "turbo-kv.h"
 
-#include "graft/llama-value-rotation.h"
 #include "llama-cparams.h"
 #include "llama-impl.h"
 #include "llama-io.h"
+#include "llama-kv-cache-iswa.h"
 #include "llama-kv-cache.h"
 #include "llama-model.h"
 #include "turbo-cache-types.h"
+#include "turbo-value-rotation.h"
 
 #include <algorithm>
+#include <mutex>
+#include <stdexcept>
+
+static std::mutex                                                    stores_mutex;
+static std::map<const ggml_tensor *, llama_turbo_kv::key_store> stores;
 
 std::unique_ptr<llama_turbo_kv> llama_turbo_kv::make(llama_kv_cache & cache) {
     auto made = std::make_unique<llama_turbo_kv>();
@@ -42,7 +48,51 @@ std::unique_ptr<llama_turbo_kv> llama_turbo_kv::make(llama_kv_cache & cache) {
         }
     }
     made->mark = (made->keys ? made->keys->hash() : 0) ^ (llama_turbo_values_rotated(cache.model.gguf_kv) ? 2 : 0) ^ (made->latent ? 4 : 0);
+
+    std::lock_guard<std::mutex> lock(stores_mutex);
+    for (uint32_t i = 0; made->keys || made->window ? i < cache.layers.size() : false; ++i) {
+        key_store store = { made.get(), i, nullptr, {}, made->window ? made->window->memory(i) : nullptr };
+        for (const auto & [il, id] : cache.map_layer_ids) {
+            if (made->keys && (uint32_t) id == i && made->keys->scale(il)) {
+                store.scale = made->keys->scale(il);
+                store.q_scales.push_back(made->keys->q_scale(il));
+            }
+        }
+        stores.emplace(cache.layers[i].k, store);
+    }
     return made;
+}
+
+llama_turbo_kv::~llama_turbo_kv() {
+    std::lock_guard<std::mutex> lock(stores_mutex);
+    for (auto it = stores.begin(); it != stores.end();) {
+        it = it->second.turbo == this ? stores.erase(it) : std::next(it);
+    }
+}
+
+std::map<const ggml_tensor *, llama_turbo_kv::key_store> llama_turbo_kv::key_tensors() {
+    std::lock_guard<std::mutex> lock(stores_mutex);
+    return stores;
+}
+
+bool llama_turbo_kv::accepts(const attended & found) const {
+    if (!found.uncalibrated.empty()) {
+        const std::string reason = format(
+            "keys cannot be calibrated: %zu layers of this model store or read them elsewhere than where queries are calibrated. "
+            "Set TURBO_CALIBRATION=0, or use a cache of f16", found.uncalibrated.size());
+        if (!has_graph) {
+            throw std::runtime_error(reason);
+        }
+        LLAMA_LOG_ERROR("%s: %s\n", __func__, reason.c_str());
+        return false;
+    }
+    has_graph = true;
+    if (!found.without_window.empty() && !is_window_off) {
+        LLAMA_LOG_WARN("llama_kv_cache: no recent window: %zu of %zu layers of this model attend to their keys in a way that has none\n",
+            found.without_window.size(), found.layers.size());
+        is_window_off = true;
+    }
+    return true;
 }
 
 const llama_turbo_kv & llama_turbo_kv::of(const llama_kv_cache_context * batch) {
@@ -51,11 +101,32 @@ const llama_turbo_kv & llama_turbo_kv::of(const llama_kv_cache_context * batch) 
 
 // ---- graphs ----
 
-void llama_turbo_kv::calibrate(ggml_context * ctx, const llama_kv_cache_context * batch, ggml_tensor *& q, ggml_tensor *& k, int32_t il) {
+void llama_turbo_kv::calibrate(
+        ggml_context * ctx, const llama_hparams &, const llama_kv_cache_context * batch, ggml_tensor *& q, ggml_tensor *& k, int32_t il) {
     if (const auto & keys = of(batch).keys) {
         q = keys->apply_q(ctx, q, il);
         k = k ? keys->apply_k(ctx, k, il) : nullptr;
     }
+}
+
+void llama_turbo_kv::calibrate(
+        ggml_context * ctx, const llama_hparams & hparams, const llama_kv_cache_iswa_context * batch, ggml_tensor *& q,
+        ggml_tensor *& k, int32_t il) {
+    calibrate(ctx, hparams, hparams.is_swa(il) ? batch->get_swa() : batch->get_base(), q, k, il);
+}
+
+llama_turbo_kv::rotated_latent::rotated_latent(
+        ggml_context * ctx, const llama_kv_cache_context * batch, ggml_tensor *& q, ggml_tensor *& k, ggml_tensor *& v_mla, int32_t il)
+    : latent(of(batch).latent.get()), v_mla(v_mla) {
+    if (latent) {
+        q     = latent->rotate(ctx, q, il);
+        k     = latent->rotate(ctx, k, il);
+        v_mla = nullptr;
+    }
+}
+
+ggml_tensor * llama_turbo_kv::rotated_latent::decompress(ggml_context * ctx, ggml_tensor * cur, int64_t n_head, int32_t il) const {
+    return latent ? latent->decompress(ctx, cur, v_mla, n_head, il) : cur;
 }
 
 uint32_t llama_turbo_kv::layer(const llama_kv_cache_context * batch, int32_t il) {
@@ -172,13 +243,6 @@ bool llama_turbo_kv::restore(
         io.read(&v_trans, sizeof(v_trans));
     }
     return true;
-}
-
-void llama_turbo_kv::warn_once(const char * what) const {
-    if (!has_warned) {
-        LLAMA_LOG_WARN("%s: %s\n", __func__, what);
-        has_warned = true;
-    }
 }
 
 bool llama_turbo_kv::is_position(llama_pos pos) {

@@ -8,12 +8,18 @@
 #include "turbo-latent-keys.h"
 #include "turbo-recent-window.h"
 
+#include <map>
 #include <memory>
+#include <set>
 #include <vector>
 
 class  llama_kv_cache;
 class  llama_kv_cache_context;
+class  llama_kv_cache_iswa_context;
+class  llm_graph_result;
 struct llama_cparams;
+struct llama_hparams;
+struct llama_memory_context_i;
 struct llama_ubatch;
 
 struct llama_turbo_kv {
@@ -25,13 +31,48 @@ struct llama_turbo_kv {
     // Throws if the cache cannot hold its types: the log says why by name.
     static std::unique_ptr<llama_turbo_kv> make(llama_kv_cache & cache);
 
+    ~llama_turbo_kv();
+
     // That of the cache of a batch.
     static const llama_turbo_kv & of(const llama_kv_cache_context * batch);
 
     // ---- graphs ----
 
     // q and k [head size, heads, tokens] as they will be rotated, stored and multiplied; k may be null.
-    static void calibrate(ggml_context * ctx, const llama_kv_cache_context * batch, ggml_tensor *& q, ggml_tensor *& k, int32_t il);
+    static void calibrate(
+        ggml_context * ctx, const llama_hparams & hparams, const llama_kv_cache_context * batch, ggml_tensor *& q, ggml_tensor *& k,
+        int32_t il);
+    static void calibrate(
+        ggml_context * ctx, const llama_hparams & hparams, const llama_kv_cache_iswa_context * batch, ggml_tensor *& q,
+        ggml_tensor *& k, int32_t il);
+
+    // What llm_graph_context::build_attn_mha makes of these, with the window; null if the cache has none, or if layer il reads
+    // keys that are not of this graph. memory: of the batch, and batch its cache for layer il. k, v: of the cache; k_cur,
+    // v_cur: of the batch, null in layers that share another's. (turbo-window-graph.cpp)
+    static ggml_tensor * attend(
+        ggml_context * ctx, ggml_cgraph * gf, llm_graph_result * res, const llama_memory_context_i * memory,
+        const llama_kv_cache_context * batch, const llama_hparams & hparams, const llama_cparams & cparams, ggml_tensor * q,
+        ggml_tensor * k, ggml_tensor * v, ggml_tensor * k_cur, ggml_tensor * v_cur, ggml_tensor * bias, ggml_tensor * kq_mask,
+        ggml_tensor * sinks, float kq_scale, int il);
+
+    // Values as a kernel that takes no quantized ones wants them.
+    static ggml_tensor * decoded(ggml_context * ctx, ggml_tensor * v) {
+        return ggml_is_quantized(v->type) ? ggml_cast(ctx, v, GGML_TYPE_F32) : v;
+    }
+
+    // Keys and queries of MLA, which are rotated where the cache says so. Then v_mla, which decompresses the result of
+    // attention, is taken away: the result is rotated back before.
+    class rotated_latent {
+    public:
+        rotated_latent(
+            ggml_context * ctx, const llama_kv_cache_context * batch, ggml_tensor *& q, ggml_tensor *& k, ggml_tensor *& v_mla,
+            int32_t il);
+        ggml_tensor * decompress(ggml_context * ctx, ggml_tensor * cur, int64_t n_head, int32_t il) const;
+
+    private:
+        const llama_turbo_latent * latent; // null: nothing is rotated
+        ggml_tensor *              v_mla;
+    };
 
     // The index that the cache has for a layer of the model.
     static uint32_t layer(const llama_kv_cache_context * batch, int32_t il);
@@ -93,10 +134,32 @@ struct llama_turbo_kv {
     // Whether a saved token can have this position; a line in the log if not.
     static bool is_position(llama_pos pos);
 
-    void warn_once(const char * what) const;
+    // ---- what a graph did (turbo-graph-check.cpp) ----
+
+    // The keys of a layer of a cache, where they are calibrated or have a recent window.
+    struct key_store {
+        const llama_turbo_kv *           turbo;
+        uint32_t                         layer;    // by the index that the cache has for it
+        const ggml_tensor *              scale;    // of keys; null: they are not calibrated
+        std::vector<const ggml_tensor *> q_scales; // of the queries of all layers of the model that read them
+        const ggml_tensor *              ring;     // null: there is no recent window
+    };
+
+    // Those of all caches there are, by the tensor that holds the keys.
+    static std::map<const ggml_tensor *, key_store> key_tensors();
+
+    // Layers of a cache that a graph attends to.
+    struct attended {
+        std::set<uint32_t> layers, uncalibrated, without_window;
+    };
+
+    // Throws if the first graph of a cache has calibrated keys with other queries; false, with a line in the log, if a later
+    // one has. Where a layer attends without the recent window, it is switched off from the next graph on.
+    bool accepts(const attended & found) const;
 
 private:
-    mutable bool has_warned = false;
+    mutable bool has_graph = false; // one was accepted
+    mutable bool is_window_off = false;
 
     uint64_t mark = 0; // of everything that keys and values are transformed by; 0: nothing
 
@@ -113,3 +176,6 @@ private:
 
     void save(llama_io_write_i & io, const llama_kv_cache & cache, uint32_t stream, const std::vector<uint32_t> & cells) const;
 };
+
+// Whether a graph is what its caches need: false, with a line in the log, or an exception where a context is being made.
+bool llama_turbo_check_graph(ggml_cgraph * graph);

@@ -6,6 +6,7 @@
 #include "llama-io.h"
 #include "llama-kv-cells.h"
 #include "turbo-cache-types.h"
+#include "turbo-settings.h"
 
 #include <algorithm>
 #include <cmath>
@@ -22,22 +23,10 @@ static const ggml_fp16_t MASKED = ggml_fp32_to_fp16(-INFINITY);
 // llama-server drafts by default in one sequence, or a few in each.
 static const uint32_t TAKEN_BACK = 64, TAKEN_BACK_OF_EACH = 16;
 
-static uint32_t number(const char * variable, uint32_t otherwise) {
-    const char * text = getenv(variable);
-    if (!text || !*text) {
-        return otherwise;
-    }
-    char * end;
-    const long long value = std::strtoll(text, &end, 10);
-    if (*end || value < 0 || value > INT32_MAX) {
-        throw std::runtime_error(format("%s is '%s', which is not a number of tokens", variable, text));
-    }
-    return (uint32_t) value;
-}
-
 llama_turbo_window::size llama_turbo_window::size::wanted(ggml_type type_k, ggml_type type_v) {
-    const uint32_t recent = number("LLAMA_ARG_CACHE_WINDOW", turbo_is_type(type_k) || turbo_is_type(type_v) ? 64 : 0);
-    return { recent, recent ? number("LLAMA_ARG_CACHE_SINKS", 4) : 0 };
+    const llama_turbo_params & said = llama_turbo_taken_params();
+    const int32_t usual = turbo_is_type(type_k) || turbo_is_type(type_v) ? 64 : 0;
+    return { uint32_t(said.cache_window != LLAMA_TURBO_UNSAID ? said.cache_window : usual), uint32_t(said.cache_sinks) };
 }
 
 std::shared_ptr<llama_turbo_window> llama_turbo_window::make(
@@ -81,7 +70,7 @@ std::shared_ptr<llama_turbo_window> llama_turbo_window::make(
     auto made = std::make_shared<llama_turbo_window>();
     made->sizes   = sizes;
     made->n_slots = std::min<uint64_t>(wanted + 1, saved);
-    made->poison  = number("LLAMA_TURBO_WINDOW_POISON", 0) != 0;
+    made->poison  = getenv("TURBO_WINDOW_POISON") != nullptr;
     made->versions.assign(n_stream, std::vector<uint32_t>(cells, 0));
     made->entries.assign(n_stream, std::vector<entry>(made->n_slots - 1));
     for (uint32_t stream = 0; stream < n_stream; ++stream) {

@@ -25,8 +25,7 @@ struct llama_ubatch;
 
 class llama_turbo_window {
 public:
-    // What the window is to be: LLAMA_ARG_CACHE_WINDOW and LLAMA_ARG_CACHE_SINKS, which --cache-window and --cache-sinks
-    // set. By default 64 and 4 with a turbo type, and no window with any other.
+    // What the window is to be, in tokens, as the context's settings say (turbo-settings.h).
     struct size {
         uint32_t recent, sinks;
 
@@ -53,6 +52,8 @@ public:
     // ---- graphs ----
 
     uint32_t slots() const { return n_slots; } // of a stream
+
+    const ggml_tensor * memory(uint32_t layer) const { return rings[layer]; }
 
     // A layer's ring as attention takes it, for n streams from the first one on.
     ggml_tensor * ring(ggml_context * ctx, uint32_t layer, uint32_t first, uint32_t n) const;

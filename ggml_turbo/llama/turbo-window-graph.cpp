@@ -1,5 +1,6 @@
 #include "turbo-window-graph.h"
 
+#include "llama-cparams.h"
 #include "llama-hparams.h"
 #include "llama-kv-cache-iswa.h"
 #include "llama-kv-cache-msa.h"
@@ -70,16 +71,17 @@ static llm_graph_input_turbo_window * inputs_of(llm_graph_result * res, bool is_
     return nullptr;
 }
 
-ggml_tensor * llama_turbo_attend(
+ggml_tensor * llama_turbo_kv::attend(
         ggml_context * ctx, ggml_cgraph * gf, llm_graph_result * res, const llama_memory_context_i * memory,
-        const llama_kv_cache_context * batch, bool is_swa, const llama_hparams & hparams, ggml_tensor * q, ggml_tensor * k,
-        ggml_tensor * v, ggml_tensor * k_cur, ggml_tensor * v_cur, ggml_tensor * kq_mask, ggml_tensor * sinks, float kq_scale, int il) {
-    const llama_turbo_window * window = llama_turbo_kv::of(batch).window.get();
-    if (!window || kq_mask->type != GGML_TYPE_F16) {
+        const llama_kv_cache_context * batch, const llama_hparams & hparams, const llama_cparams & cparams, ggml_tensor * q,
+        ggml_tensor * k, ggml_tensor * v, ggml_tensor * k_cur, ggml_tensor * v_cur, ggml_tensor * bias, ggml_tensor * kq_mask,
+        ggml_tensor * sinks, float kq_scale, int il) {
+    const llama_turbo_window * window = of(batch).window.get();
+    if (!window || of(batch).is_window_off || bias || cparams.training || kq_mask->type != GGML_TYPE_F16) {
         return nullptr;
     }
+    const bool is_swa = cache_of(memory, false) != batch;
     if (cache_of(memory, is_swa) != batch) { // what this graph reads could not be found again for the next batch
-        llama_turbo_kv::of(batch).warn_once("a layer has no recent window: its memory is of a kind that this build does not know");
         return nullptr;
     }
     const uint32_t layer = llama_turbo_kv::layer(batch, il);

@@ -34,11 +34,3 @@ private:
     const llama_kv_cache_context * batch; // of the batch at hand: it lives no longer than that, the graph does
     const ggml_tensor *            kq_mask;
 };
-
-// What llm_graph_context::build_attn_mha makes of these, with the window; null if the cache has none, or if layer il reads
-// keys that are not of this graph. memory: of the batch, and batch its cache for layer il. k, v: of the cache; k_cur, v_cur:
-// of the batch, null in layers that share another's.
-ggml_tensor * llama_turbo_attend(
-    ggml_context * ctx, ggml_cgraph * gf, llm_graph_result * res, const llama_memory_context_i * memory,
-    const llama_kv_cache_context * batch, bool is_swa, const llama_hparams & hparams, ggml_tensor * q, ggml_tensor * k,
-    ggml_tensor * v, ggml_tensor * k_cur, ggml_tensor * v_cur, ggml_tensor * kq_mask, ggml_tensor * sinks, float kq_scale, int il);

@@ -13,7 +13,7 @@ def decode(rows: NDArray[np.uint8], type: str) -> NDArray[np.float32]:
     """Values (..., n) of rows of a ggml type, uint8 (..., bytes). Stock quantized types need the package gguf."""
     if type in ("f16", "f32"):
         return rows.view({"f16": np.float16, "f32": np.float32}[type]).astype(np.float32)
-    if type.startswith("turbo"):
+    if type in codec_numpy.codecs():
         codec = codec_numpy.codecs()[type]
         blocks = rows.reshape(-1, codec.block_bytes)
         return codec_numpy.dequantize_blocks(codec, blocks).reshape(*rows.shape[:-1], -1)

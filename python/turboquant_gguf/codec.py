@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import ggml
+from .turbo_tables import TABLES
 
 BLOCK = 64
 """Values in a block."""
@@ -35,10 +36,9 @@ class TurboType:
 def types() -> tuple[TurboType, ...]:
     """The turbo types, from the smallest to the most exact."""
     found = []
-    for bits in (2, 3, 4):
-        name, size = f"turbo{bits}", 2 + bits * BLOCK // 8
-        mse = float(f"{ggml.function('turbo_get_codec')(bits).contents.mse:.4g}")  # a C float, as the tables write it
-        found.append(TurboType(name, ggml.type_number(name), 8 * size / BLOCK, BLOCK, size, mse))
+    for table in TABLES:
+        size = 2 + table.bits * BLOCK // 8
+        found.append(TurboType(table.name, table.ggml_type, 8 * size / BLOCK, BLOCK, size, table.mse))
     return tuple(found)
 
 

@@ -1,14 +1,15 @@
-"""The turbo codec in NumPy: the same bits as the C reference (ggml_turbo/ggml-turbo.c), without compiling anything.
+"""The turbo codec in NumPy: the same bits as the C reference (ggml_turbo/format), without compiling anything.
 
-It reads the same generated tables, and is the independent implementation that the C code is tested against.
+It is the independent implementation that the C code is tested against: the two have only the tables in common.
 For speed use `turboquant_gguf.quantize`, which goes through the C library.
 """
 
-import re
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cache
 
 import numpy as np
+
+from .turbo_tables import TABLES
 
 BLOCK = 64
 SCALE_BIAS = 40
@@ -37,24 +38,19 @@ class Codec:
         return 2 + self.bits * BLOCK // 8
 
 
-INSTALLED_TABLES = Path(__file__).parent / "include" / "turbo-tables.h"
-
-
-def codecs(path: Path = INSTALLED_TABLES) -> dict[str, Codec]:
-    """Codecs by name from a turbo-tables.h. Raises ValueError if `path` is something else."""
-    number = r"[-+.\w]+?"
-    entry = re.compile(
-        rf"\.bits\s*=\s*(\d+),\s*\.rms_to_scale\s*=\s*({number})f,\s*\.max_to_scale\s*=\s*({number})f,"
-        rf"\s*\.mse\s*=\s*({number})f,.*?\.codebook\s*=\s*{{(.*?)}}",
-        re.S,
-    )
-    found = [
-        Codec(int(bits), np.float32(rms), np.float32(largest), float(mse), np.array(codebook.split(","), np.int64))
-        for bits, rms, largest, mse, codebook in entry.findall(path.read_text())
-    ]
-    if [len(codec.codebook) for codec in found] != [256] * 3:
-        raise ValueError(f"{path} does not look like the tables that tools/codebook/train.py writes")
-    return {codec.name: codec for codec in found}
+@cache
+def codecs() -> dict[str, Codec]:
+    """Codecs by name, from the smallest type to the most exact."""
+    return {
+        table.name: Codec(
+            table.bits,
+            np.float32(table.rms_to_scale),
+            np.float32(table.max_to_scale),
+            table.mse,
+            np.array([table.a[s & 15] + table.b[s >> 4 ^ table.p[s & 15]] for s in STATES], np.int64),
+        )
+        for table in TABLES
+    }
 
 
 # ---- decoder ----

@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import native
+from .turbo_tables import NAMES, TABLES
 
-LAST_TYPE = "turbo4"
+LAST_TYPE = max(TABLES, key=lambda table: table.ggml_type).name
 """The type with the largest number: ggml's table of types ends there."""
 
 
@@ -27,16 +28,16 @@ class InitParams(ctypes.Structure):
     _fields_ = [("mem_size", c_size_t), ("mem_buffer", c_void_p), ("no_alloc", c_bool)]
 
 
-class TurboCodec(ctypes.Structure):
-    """turbo_codec of ggml-turbo.h, as far as it is read here."""
-
-    _fields_ = [("bits", c_int), ("rms_to_scale", c_float), ("max_to_scale", c_float), ("mse", c_float)]
-
-
 class GGUFInitParams(ctypes.Structure):
     """gguf_init_params."""
 
     _fields_ = [("no_alloc", c_bool), ("ctx", c_void_p)]
+
+
+class ContextParams(ctypes.Structure):
+    """llama_turbo_params: -1 in a field says nothing."""
+
+    _fields_ = [("cache_window", c_int32), ("cache_sinks", c_int32), ("calibration", c_int32)]
 
 
 class MemorySize(ctypes.Structure):
@@ -149,7 +150,6 @@ _PROTOTYPES: dict[str, dict[str, tuple]] = {
         "gguf_set_val_u32": (None, c_void_p, c_char_p, c_uint32),
         "gguf_set_arr_data": (None, c_void_p, c_char_p, c_int, c_void_p, c_size_t),
         "gguf_write_to_file": (c_bool, c_void_p, c_char_p, c_bool),
-        "turbo_get_codec": (POINTER(TurboCodec), c_int),
         "turbo_window_attention": (c_void_p, c_void_p, POINTER(c_void_p), c_float, c_float, c_float),
     },
     "ggml": {
@@ -161,10 +161,11 @@ _PROTOTYPES: dict[str, dict[str, tuple]] = {
         "ggml_backend_cpu_set_n_threads": (None, c_void_p, c_int),
         "ggml_backend_cpu_set_use_ref": (None, c_void_p, c_bool),
         "turbo_cpu_simd": (c_char_p,),
-        **{f"quantize_row_turbo{bits}": _quantize_row for bits in (2, 3, 4)},
-        **{f"dequantize_row_turbo{bits}_cpu": _quantize_row for bits in (2, 3, 4)},
+        **{f"quantize_row_{name}": _quantize_row for name in NAMES},
+        **{f"dequantize_row_{name}_cpu": _quantize_row for name in NAMES},
     },
     "llama": {
+        "llama_turbo_set_next": (c_bool, POINTER(ContextParams)),
         "turbo_memory_open": (c_void_p, c_char_p),
         "turbo_memory_close": (None, c_void_p),
         "turbo_memory_n_layer": (c_uint32, c_void_p),
@@ -248,7 +249,7 @@ def quantize(x: NDArray[np.float32], type: str) -> NDArray[np.uint8]:
     number = type_number(type)
     x = np.ascontiguousarray(x, np.float32)
     rows = np.empty((*x.shape[:-1], function("ggml_row_size")(number, x.shape[-1])), np.uint8)
-    if type.startswith("turbo"):  # in SIMD; what ggml itself would call is the scalar reference
+    if type in NAMES:  # in SIMD; what ggml itself would call is the scalar reference
         function(f"quantize_row_{type}")(pointer(x), pointer(rows), x.size)
     elif x.size:
         function("ggml_quantize_chunk")(

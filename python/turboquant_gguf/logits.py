@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from . import cachefacts, ggml
 from .cachetypes import CacheTypes
 from .errors import TurboquantError
+from .recentwindow import RecentWindow, set_next
 from .signals import deferred
 from .toolerrors import check_model_file, tool_error
 
@@ -78,16 +79,22 @@ class Model:
         return list(tokens[:count])
 
     def open(
-        self, length: int, types: CacheTypes = EXACT, *, observer: int | None = None, threads: int | None = None
+        self,
+        length: int,
+        types: CacheTypes = EXACT,
+        *,
+        recent_window: RecentWindow | None = None,
+        observer: int | None = None,
+        threads: int | None = None,
     ) -> Context:
         """An empty context of the model; `Context` has the arguments."""
-        return Context(self, length, types, observer=observer, threads=threads)
+        return Context(self, length, types, recent_window=recent_window, observer=observer, threads=threads)
 
 
 class Context:
     """A KV cache for one sequence, and what computes with it. A context manager: it owns memory.
 
-    length: the most tokens it holds. types: of the cache. observer: a turbo_observer (turbo-observer.h) that is to see
+    length: the most tokens it holds. types: of the cache. recent_window: None is what the environment says. observer: a turbo_observer (turbo-observer.h) that is to see
     attention; it needs all tokens at once, and flash attention. threads: of the CPU; None: its cores, by llama.cpp's
     rule of thumb. Raises TurboquantError if llama.cpp does not take this.
     """
@@ -98,6 +105,7 @@ class Context:
         length: int,
         types: CacheTypes = EXACT,
         *,
+        recent_window: RecentWindow | None = None,
         observer: int | None = None,
         threads: int | None = None,
     ) -> None:
@@ -118,6 +126,8 @@ class Context:
             params.cb_eval_user_data = observer
         begin = len(model.log)
         with deferred():
+            if recent_window:
+                set_next(recent_window)
             self.handle = llama.llama_init_from_model(model.handle, params)
         self._log = "".join(model.log[begin:])
         if not self.handle:

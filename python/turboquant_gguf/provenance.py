@@ -12,17 +12,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from . import filehash, ggml
+from . import filehash, ggml, recentwindow
 from .ggufile import GGUFModel
 
 _LIBRARIES = ("ggml-base", "ggml-cpu", "llama")
 
-VARIABLES = (
-    "LLAMA_TURBO_CALIBRATION",
-    "LLAMA_ATTN_ROT_DISABLE",
-    "LLAMA_ARG_CACHE_WINDOW",
-    "LLAMA_ARG_CACHE_SINKS",
-)
+_ROTATION = "LLAMA_ATTN_ROT_DISABLE"  # llama.cpp's own
+
+VARIABLES = (*recentwindow.VARIABLES, _ROTATION)
 """What changes results without being an option of every command."""
 
 
@@ -53,14 +50,15 @@ def build() -> dict:
 
 def switches() -> dict[str, str]:
     """The environment's switches."""
-    return {name: os.environ[name] for name in VARIABLES if name in os.environ}
+    rotation = {_ROTATION: os.environ[_ROTATION]} if _ROTATION in os.environ else {}
+    return recentwindow.variables() | rotation
 
 
 def switch(to: Mapping[str, str]) -> None:
     """Make the environment's switches those that `switches` said elsewhere."""
-    for name in VARIABLES:
-        os.environ.pop(name, None)
-    os.environ.update(to)
+    recentwindow.set_variables(to)
+    os.environ.pop(_ROTATION, None)
+    os.environ |= {name: value for name, value in to.items() if name == _ROTATION}
 
 
 @cache

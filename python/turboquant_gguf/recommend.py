@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import statistics
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
-from . import findings, provenance, quality
+from . import findings, provenance, quality, recentwindow
 from .cachetypes import CacheTypes
 from .errors import TurboquantError
 from .inspection import size_text
@@ -206,15 +205,11 @@ def _not_comparable(settings: Mapping[str, Any], context: int) -> str:
     if build["turboquant_gguf"] != own["turboquant_gguf"]:
         return f"by version {build['turboquant_gguf']}"
     for name in (name for name in provenance.VARIABLES if build.get(name) != own.get(name)):
-        return f"with {name}={build[name]}" if name in build else f"without {name}"
-    if settings["context"] < min(context, max(_LONG_ENOUGH, _TIMES_WINDOW * _recent_window())):
+        said = recentwindow.VARIABLES.get(name, name)
+        return f"with {said}={build[name]}" if name in build else f"without {said}"
+    if settings["context"] < min(context, max(_LONG_ENOUGH, _TIMES_WINDOW * (recentwindow.in_effect().recent or 0))):
         return f"with a context of {settings['context']} tokens, too short to tell"
     return ""
-
-
-def _recent_window() -> int:
-    chosen = os.environ.get("LLAMA_ARG_CACHE_WINDOW", "")
-    return int(chosen) if chosen.isdecimal() else 0
 
 
 def _merged(same: Sequence[findings.QualityFinding]) -> tuple[dict[CacheTypes, float], Measured]:
@@ -279,7 +274,4 @@ def _command(model: Path, context: int, best: Candidate) -> str:
     types = CacheTypes.parse(best.types)
     words = ["llama-server", "--model", str(model), "--ctx-size", str(context), "--parallel", "1", "--flash-attn", "on"]
     words += ["--cache-type-k", types.k, "--cache-type-v", types.v]
-    for name in ("window", "sinks"):
-        if chosen := os.environ.get(f"LLAMA_ARG_CACHE_{name.upper()}"):
-            words += [f"--cache-{name}", chosen]
-    return shlex.join(words)
+    return shlex.join(words + recentwindow.in_effect().arguments())

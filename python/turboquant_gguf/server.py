@@ -21,6 +21,7 @@ from . import cachefacts, child, native
 from .cachefacts import CacheFacts
 from .cachetypes import CacheTypes
 from .errors import TurboquantError
+from .recentwindow import RecentWindow
 from .toolerrors import advice, check_model_file, tool_error
 
 HOST = "127.0.0.1"
@@ -145,11 +146,13 @@ def running(
     context: int = 4096,
     port: int = 0,
     threads: int | None = None,
+    recent_window: RecentWindow | None = None,
     extra_args: Sequence[str] = (),
 ) -> Iterator[Server]:
     """Run llama-server with `model` and a KV cache of `types` for `context` tokens; it is always stopped after.
 
-    port: 0 takes a free one. threads: of the CPU; None leaves it to llama-server. extra_args: further arguments of llama-server, such as ("--parallel", "4").
+    port: 0 takes a free one. threads: of the CPU; None leaves it to llama-server. recent_window:
+    None is what the environment says. extra_args: further arguments of llama-server, such as ("--parallel", "4").
     Raises TurboquantError if the model file is no GGUF, the port is taken, the server does not come up, or the
     cache it made is not the one asked for.
     """
@@ -159,7 +162,8 @@ def running(
     command = [
         native.tool_path("llama-server"), "--model", model, "--host", HOST, "--port", str(port),
         "--ctx-size", str(context), "--cache-type-k", types.k, "--cache-type-v", types.v, "--no-ui",
-        *cachefacts.LOG_ARGUMENTS, *(("--threads", str(threads)) if threads else ()), *extra_args,
+        *cachefacts.LOG_ARGUMENTS, *(("--threads", str(threads)) if threads else ()),
+        *(recent_window.arguments() if recent_window else ()), *extra_args,
     ]  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="turboquant-") as folder:
         log_file = Path(folder) / "llama-server.log"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import click
 
-from .. import benchplot, outputfile, remotecode
+from .. import benchplot, outputfile, recentwindow, remotecode
 from ..errors import TurboquantError
 from ..inspection import parse_size
 
@@ -26,33 +26,25 @@ def types(default: Sequence[str], more: str) -> Callable:
 
 
 def window(command: Callable) -> Callable:
-    """The options --cache-window and --cache-sinks. They set the variables that every program of llama.cpp reads."""
-    for name, what, default in (
-        ("SINKS", "first", "4, where there is a window"),
-        ("WINDOW", "last", "64 with turbo types, 0 with others"),
+    """The options --cache-window and --cache-sinks, in effect for all that the command does."""
+    for name, field, what, default in (
+        ("sinks", "sinks", "first", "4, where there is a window"),
+        ("window", "recent", "last", "64 with turbo types, 0 with others"),
     ):
         command = click.option(
-            f"--cache-{name.lower()}",
+            f"--cache-{name}",
             type=click.IntRange(min=0),
             metavar="N",
             expose_value=False,
-            callback=_variable,
+            callback=partial(_use_window, field),
             help=f"Keep the {what} N tokens at full precision beside a quantized cache. [default: {default}]",
         )(command)
     return command
 
 
-def _variable(context: click.Context, parameter: click.Parameter, value: int | None) -> int | None:
+def _use_window(field: str, context: click.Context, _parameter: click.Parameter, value: int | None) -> int | None:
     if value is not None:
-        variable = f"LLAMA_ARG_{parameter.name.upper()}"
-        before = {variable: os.environ[variable]} if variable in os.environ else {}
-
-        def undo() -> None:
-            del os.environ[variable]
-            os.environ.update(before)
-
-        os.environ[variable] = str(value)
-        context.call_on_close(undo)
+        context.with_resource(recentwindow.use(recentwindow.RecentWindow(**{field: value})))
     return value
 
 

@@ -3,7 +3,8 @@
 // The steps of the encoder around its trellis search, shared by the reference and the SIMD versions.
 //
 // All of it is exact arithmetic: integers, and single float operations in a stated order that every IEEE machine
-// rounds alike. So SIMD versions can be, and are tested to be, identical to the last bit.
+// rounds alike. So SIMD versions can be, and are tested to be, identical to the last bit. What acts on single values
+// stands in turbo-block.h; here are the loops over a block and their order.
 // (Compile with -ffp-contract=off: a fused multiply-add rounds once where this file rounds twice.)
 
 #include "ggml-turbo.h"
@@ -11,10 +12,12 @@
 #include <math.h>
 #include <string.h>
 
+#define TURBO_MAX_SHARED TURBO_SHARED(TURBO_FEWEST_BITS)
+
 // best[i][u], u < 2^(8-k): the smallest cost of a path over the first i values that can go on to a state with
 // the low bits u. SIMD loads and stores may reach past the last row's end.
 typedef struct {
-    uint16_t best[QK_TURBO + 1][64];
+    uint16_t best[QK_TURBO + 1][TURBO_MAX_SHARED];
     uint16_t past_the_end[16];
 } turbo_paths;
 
@@ -35,60 +38,50 @@ typedef void (*turbo_search_t)(const turbo_codec * codec, turbo_candidate * cand
 typedef void (*turbo_traceback_t)(const turbo_codec * codec, int n, const turbo_candidate * const * candidates,
                                   uint8_t states[][QK_TURBO]);
 
-// Costs are 16 bits wide and saturate; after this many values the smallest is taken off all.
-#define TURBO_RENORMALIZE 16
+// ---- floats and their bits ----
 
-// ---- scale ----
-
-static inline float turbo_scale_value(int bits, int code) {
-    if (code == 0) {
-        return 0.0f;
-    }
-    // the code is the top of a float's own exponent and mantissa, with another bias
-    const int      mantissa_bits = bits + 2;
-    const uint32_t u = ((uint32_t) code << (23 - mantissa_bits)) + ((uint32_t) (127 - TURBO_SCALE_BIAS) << 23);
-    float scale;
-    memcpy(&scale, &u, sizeof(scale));
-    return scale;
+static inline uint32_t turbo_float_to_bits(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof(bits));
+    return bits;
 }
 
-// Nearest code to a scale >= 0, saturating at both ends.
+static inline float turbo_bits_to_float(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, sizeof(x));
+    return x;
+}
+
+static inline float turbo_scale_value(int bits, int code) {
+    return turbo_bits_to_float(turbo_scale_to_float(bits, code));
+}
+
 static inline int turbo_scale_code(int bits, float scale) {
-    const int mantissa_bits = bits + 2;
-    const int max_code      = (1 << (6 + mantissa_bits)) - 1;
-    uint32_t u;
-    memcpy(&u, &scale, sizeof(u));
-    const int code = (int) ((u + (1u << (22 - mantissa_bits))) >> (23 - mantissa_bits))
-                   - ((127 - TURBO_SCALE_BIAS) << mantissa_bits);
-    return code < 0 ? 0 : code > max_code ? max_code : code;
+    return turbo_scale_from_float(bits, turbo_float_to_bits(scale));
 }
 
 static inline float turbo_stored_scale(int bits, const uint8_t * block) {
-    return turbo_scale_value(bits, (block[0] | block[1] << 8) & ((1 << (8 + bits)) - 1));
+    return turbo_scale_value(bits, turbo_header_scale(bits, block[0] | block[1] << 8));
 }
 
 // ---- from values to search targets ----
 
-#define TURBO_MAX_INPUT 536870912.0f // 2^29: a whole block of it is within reach of the largest scale
-
 // x without NaN, infinities and what overflows; returns the largest magnitude.
-static inline float turbo_sanitize(const float * x, float * clean) {
-    float max_abs = 0.0f;
+static inline float turbo_sanitize_block(const float * x, float * clean) {
+    int largest = 0;
     for (int i = 0; i < QK_TURBO; ++i) {
-        const float v = fabsf(x[i]);
-        max_abs = v < INFINITY && v > max_abs ? v : max_abs;
+        largest = turbo_largest(largest, turbo_float_to_bits(x[i]));
     }
-    max_abs = max_abs < TURBO_MAX_INPUT ? max_abs : TURBO_MAX_INPUT;
+    largest = largest < TURBO_MAX_INPUT ? largest : TURBO_MAX_INPUT;
     for (int i = 0; i < QK_TURBO; ++i) {
-        const float v = x[i] != x[i] ? 0.0f : x[i];
-        const float w = v > max_abs ? max_abs : v;
-        clean[i] = w < -max_abs ? -max_abs : w;
+        clean[i] = turbo_bits_to_float(turbo_sanitize(turbo_float_to_bits(x[i]), largest));
     }
-    return max_abs;
+    return turbo_bits_to_float((uint32_t) largest);
 }
 
 // Root of the mean square; 16 partial sums, then halves onto halves: the order of a 16-lane register.
 static inline float turbo_rms(const float * x) {
+    TURBO_ASSERT(QK_TURBO % 16 == 0, "each partial sum has as many terms");
     float sum[16] = {0};
     for (int i = 0; i < QK_TURBO; i += 16) {
         for (int lane = 0; lane < 16; ++lane) {
@@ -107,9 +100,7 @@ static inline float turbo_rms(const float * x) {
 static inline void turbo_targets(const float * x, float scale, int16_t * target) {
     const float to_units = 256.0f / scale;
     for (int i = 0; i < QK_TURBO; ++i) {
-        const float t = x[i]*to_units;
-        const float u = t > 32767.0f ? 32767.0f : t;
-        target[i] = (int16_t) rintf(u < -32767.0f ? -32767.0f : u);
+        target[i] = (int16_t) rintf(turbo_limit_target(x[i]*to_units));
     }
 }
 
@@ -130,14 +121,13 @@ static inline int turbo_fit_scale(const turbo_codec * codec, const int16_t * tar
 }
 
 static inline void turbo_pack(int bits, int scale_code, const uint8_t * states, uint8_t * block) {
-    const int start  = states[0] & ((1 << (8 - bits)) - 1);
-    const int header = scale_code | start << (8 + bits);
+    const int header = turbo_header(bits, scale_code, states[0]);
     *block++ = header & 0xff;
     *block++ = header >> 8;
     for (int i = 0; i < QK_TURBO; i += 8) {
         uint32_t codes = 0;
         for (int j = 0; j < 8; ++j) {
-            codes |= (uint32_t) (states[i + j] >> (8 - bits)) << (bits*j);
+            codes |= (uint32_t) turbo_state_code(bits, states[i + j]) << (bits*j);
         }
         for (int j = 0; j < bits; ++j) {
             *block++ = (codes >> (8*j)) & 0xff;
@@ -153,7 +143,7 @@ static inline const turbo_candidate * turbo_best_candidate(const turbo_codec * c
     static const float around_guess[2] = { 0.94f, 1.06f };
 
     float       clean[QK_TURBO], scale[2];
-    const float max_abs = turbo_sanitize(x, clean);
+    const float max_abs = turbo_sanitize_block(x, clean);
     const float by_rms  = turbo_rms(clean)*codec->rms_to_scale;
     const float by_max  = max_abs*codec->max_to_scale;
     const float guess   = by_rms > by_max ? by_rms : by_max;

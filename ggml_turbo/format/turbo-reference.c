@@ -1,11 +1,11 @@
-// The scalar reference of turbo2, turbo3 and turbo4, which defines them. The format is described in ggml-turbo.h;
-// the encoder's steps before and after the search are in turbo-encoder.h.
+// The scalar reference of turbo2, turbo3 and turbo4, which defines them. README.md describes the format, turbo-block.h
+// has its arithmetic; the encoder's steps before and after the search are in turbo-encode.h.
 
-#include "turbo-encoder.h"
-#include "turbo-tables.h"
+#include "tables/turbo-tables.h"
+#include "turbo-encode.h"
 
 const turbo_codec * turbo_get_codec(int bits) {
-    return bits >= 2 && bits <= 4 ? &turbo_codecs[bits - 2] : NULL;
+    return bits >= TURBO_FEWEST_BITS && bits <= TURBO_MOST_BITS ? &turbo_codecs[bits - TURBO_FEWEST_BITS] : NULL;
 }
 
 float turbo_block_scale(int bits, const uint8_t * block) {
@@ -14,16 +14,16 @@ float turbo_block_scale(int bits, const uint8_t * block) {
 
 // ---- decoder ----
 
-// 8 bits of a block, from bit position pos
-static int turbo_window(const uint8_t * block, int pos) {
-    const int byte = pos / 8, shift = pos % 8;
-    return shift == 0 ? block[byte] : ((block[byte] >> shift) | (block[byte + 1] << (8 - shift))) & 0xff;
+static int turbo_read_state(int bits, int i, const uint8_t * block) {
+    const int byte = TURBO_STATE_BIT(bits, i)/8;
+    const int next = byte + 1 < TURBO_BLOCK_BYTES(bits) ? block[byte + 1] : 0;
+    return turbo_state(bits, i, (uint32_t) (block[byte] | next << 8));
 }
 
 void turbo_dequantize_block(const turbo_codec * codec, const uint8_t * block, float * y) {
     const float scale = turbo_stored_scale(codec->bits, block);
     for (int i = 0; i < QK_TURBO; ++i) {
-        y[i] = scale*codec->codebook[turbo_window(block, 8 + codec->bits*(i + 1))];
+        y[i] = turbo_value(scale, codec->codebook[turbo_read_state(codec->bits, i, block)]);
     }
 }
 
@@ -31,19 +31,10 @@ void turbo_dequantize_block(const turbo_codec * codec, const uint8_t * block, fl
 //
 // State s follows the states (s << k | t) mod 256, t < 2^k: all that share s's low 8-k bits as their high bits.
 
-// Cost of a path that goes on with a codebook entry for a target, from the cost of the best path that can. The step
-// costs twice the squared distance, in codebook units, rounded; the distance saturates at 128 units.
-static inline uint16_t turbo_path_cost(uint16_t best, int16_t target, int8_t entry) {
-    int32_t d = target - 256*entry;
-    d = d > INT16_MAX ? INT16_MAX : d < INT16_MIN ? INT16_MIN : d;
-    const int32_t cost = best + ((d*d + (1 << 14)) >> 15);
-    return (uint16_t) (cost > UINT16_MAX ? UINT16_MAX : cost);
-}
-
 static void turbo_search_one(const turbo_codec * codec, turbo_candidate * candidate) {
     const int16_t * target = candidate->target;
     turbo_paths   * paths  = &candidate->paths;
-    const int n_shared = 1 << (8 - codec->bits), n_codes = 1 << codec->bits;
+    const int n_shared = TURBO_SHARED(codec->bits), n_codes = TURBO_CODES(codec->bits);
     candidate->cost = 0;
     memset(paths->best[0], 0, sizeof(paths->best[0])); // every start is free
     for (int i = 0; i < QK_TURBO; ++i) {
@@ -51,7 +42,7 @@ static void turbo_search_one(const turbo_codec * codec, turbo_candidate * candid
         for (int code = 0; code < n_codes; ++code) {
             for (int u = 0; u < n_shared; ++u) {
                 const int s = code*n_shared + u;
-                cost[s] = turbo_path_cost(paths->best[i][u], target[i], codec->codebook[s]);
+                cost[s] = (uint16_t) turbo_path_cost(paths->best[i][u], target[i], codec->codebook[s]);
             }
         }
         uint16_t * next = paths->best[i + 1];
@@ -79,7 +70,7 @@ static void turbo_search(const turbo_codec * codec, turbo_candidate * candidates
 
 static void turbo_traceback(const turbo_codec * codec, int n, const turbo_candidate * const * candidates,
                             uint8_t states[][QK_TURBO]) {
-    const int n_shared = 1 << (8 - codec->bits), n_codes = 1 << codec->bits;
+    const int n_shared = TURBO_SHARED(codec->bits), n_codes = TURBO_CODES(codec->bits);
     for (int j = 0; j < n; ++j) {
         const int16_t * target = candidates[j]->target;
         int first = 0, end = TURBO_STATES; // what states[j][i] can be
@@ -93,7 +84,7 @@ static void turbo_traceback(const turbo_codec * codec, int n, const turbo_candid
                     states[j][i] = (uint8_t) s;
                 }
             }
-            first = states[j][i] % n_shared * n_codes;
+            first = turbo_first_before(codec->bits, states[j][i]);
             end   = first + n_codes;
         }
     }
@@ -105,15 +96,15 @@ void turbo_quantize_block(const turbo_codec * codec, const float * x, uint8_t * 
 
 // ---- rows ----
 
-#define TURBO_ROWS(K)                                                                                               \
+#define TURBO_ROWS(K, ID)                                                                                           \
     void quantize_row_turbo##K##_ref(const float * x, block_turbo##K * y, int64_t n) {                              \
         for (int64_t i = 0; i < n/QK_TURBO; ++i) {                                                                  \
-            turbo_quantize_block(&turbo_codecs[K - 2], x + i*QK_TURBO, y[i].bytes);                                 \
+            turbo_quantize_block(turbo_get_codec(K), x + i*QK_TURBO, y[i].bytes);                                   \
         }                                                                                                           \
     }                                                                                                               \
     void dequantize_row_turbo##K(const block_turbo##K * x, float * y, int64_t n) {                                  \
         for (int64_t i = 0; i < n/QK_TURBO; ++i) {                                                                  \
-            turbo_dequantize_block(&turbo_codecs[K - 2], x[i].bytes, y + i*QK_TURBO);                               \
+            turbo_dequantize_block(turbo_get_codec(K), x[i].bytes, y + i*QK_TURBO);                                 \
         }                                                                                                           \
     }                                                                                                               \
     size_t quantize_turbo##K(const float * src, void * dst, int64_t nrows, int64_t n_per_row,                       \
@@ -123,6 +114,4 @@ void turbo_quantize_block(const turbo_codec * codec, const float * x, uint8_t * 
         return (size_t) (nrows*n_per_row/QK_TURBO)*sizeof(block_turbo##K);                                          \
     }
 
-TURBO_ROWS(2)
-TURBO_ROWS(3)
-TURBO_ROWS(4)
+TURBO_TYPES(TURBO_ROWS)
