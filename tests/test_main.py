@@ -95,23 +95,33 @@ def test_what_fails_before_anything_is_shown(tmp_path):
     assert done.returncode == 1 and "this click is broken" in done.stderr
 
 
-def started(tmp_path: Path, llama: Path, **options) -> tuple[subprocess.Popen, dict[int, str]]:
-    """A command that would take long, and its processes once llama-server is among them."""
-    process = subprocess.Popen(
-        [*COMMAND, "niah", llama, "--lengths", "400", "--trials", "1000"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "TMPDIR": str(tmp_path)}, **options,
-    )  # fmt: skip
-    until(lambda: process.poll() is not None or "llama-server" in descendants(process.pid).values())
-    time.sleep(0.5)
-    return process, descendants(process.pid)
+@pytest.fixture
+def started(llama, tmp_path):
+    """Starts a command that would take long; gives it, and its processes once llama-server is among them."""
+    processes = []
+
+    def start(**options) -> tuple[subprocess.Popen, dict[int, str]]:
+        process = subprocess.Popen(
+            [*COMMAND, "niah", llama, "--lengths", "400", "--trials", "1000"],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "TMPDIR": str(tmp_path)}, **options,
+        )  # fmt: skip
+        processes.append(process)
+        until(lambda: process.poll() is not None or "llama-server" in descendants(process.pid).values())
+        time.sleep(0.5)
+        return process, descendants(process.pid)
+
+    yield start
+    for process in processes:  # where a test failed: the others would run for hours and slow down what follows
+        process.kill()
+        process.communicate()
 
 
 @in_proc
 @pytest.mark.parametrize("whom", ["us", "all"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_signals_are_passed_on(llama, tmp_path, number, whom):
+def test_signals_are_passed_on(started, tmp_path, number, whom):
     """From a terminal they come to the whole process group."""
-    process, others = started(tmp_path, llama, start_new_session=True)
+    process, others = started(start_new_session=True)
     (os.killpg if whom == "all" else os.kill)(process.pid, number)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 128 + number
@@ -121,8 +131,8 @@ def test_signals_are_passed_on(llama, tmp_path, number, whom):
 
 @in_proc
 @pytest.mark.parametrize("which", ["turboquant_gguf", "turboquant_gguf.cli", "llama-server"])
-def test_killing_any_of_them_ends_all(llama, tmp_path, which):
-    process, others = started(tmp_path, llama)
+def test_killing_any_of_them_ends_all(started, which):
+    process, others = started()
     pids = {process.pid: "turboquant_gguf"}
     for pid, name in others.items():
         words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
@@ -136,20 +146,16 @@ def test_killing_any_of_them_ends_all(llama, tmp_path, which):
 
 
 @in_proc
-def test_ctrl_z_stops_both(llama, tmp_path):
+def test_ctrl_z_stops_both(started):
     def states() -> list[str]:
         python = [pid for pid, name in others.items() if name == Path(sys.executable).name]
         return [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] for pid in [process.pid, *python]]
 
-    process, others = started(tmp_path, llama)
-    try:
-        process.send_signal(signal.SIGTSTP)
-        until(lambda: states() == ["T", "T"], 5)
-        process.send_signal(signal.SIGCONT)
-        until(lambda: "T" not in states(), 5)
-    finally:
-        process.kill()
-        process.communicate()
+    process, others = started()
+    process.send_signal(signal.SIGTSTP)
+    until(lambda: states() == ["T", "T"], 5)
+    process.send_signal(signal.SIGCONT)
+    until(lambda: "T" not in states(), 5)
 
 
 def test_a_hangup_that_is_ignored_stays_so():

@@ -29,6 +29,7 @@ from .commands.sweep import sweep
 from .commands.types import types
 from .commands.verify import verify
 from .errors import TurboquantError
+from .signals import unwind
 
 EPILOG = """\b
 Exit codes: 0 done, 1 it failed and said why, 2 the command was wrong,
@@ -59,10 +60,7 @@ cli.add_command(verify)
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command with `args` (default: those of the process) and return its exit code."""
-    for name in ("SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)  # Windows has no SIGHUP
-        if number and signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
-            signal.signal(number, _leave)
+    unwind()
     if descriptor := os.environ.pop(CRASH_LOG, None):
         _redirect_c(int(descriptor))
     for stream in filter(None, (sys.stdout, sys.stderr)):
@@ -99,11 +97,6 @@ def _redirect_c(descriptor: int) -> None:
     sys.stderr = open(os.dup(2), "w", buffering=1, encoding=sys.stderr.encoding)  # noqa: SIM115 - as long as we live
     os.dup2(descriptor, 2)
     os.close(descriptor)
-
-
-def _leave(number: int, _frame: object) -> None:
-    # Python's default would end us at once and leave llama-server running; this unwinds through `finally`.
-    sys.exit(128 + number)
 
 
 def _flushed(code: int) -> int:
