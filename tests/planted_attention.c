@@ -1,5 +1,6 @@
-// Loaded before libllama, makes the attention of layers from FIRST_LAYER on pass by ours, as that of an architecture with a
-// graph of its own does. CALIBRATE and ATTEND: the linker's names of llama_turbo_kv's functions. PLANT: which part is lost.
+// Loaded before libllama, makes the attention of layers from FIRST_LAYER on pass by ours, as that of an architecture with
+// a graph of its own does. CALIBRATE and ATTEND: the linker's names of llama_turbo_kv's functions. PLANT: which part is
+// lost.
 
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -27,10 +28,10 @@ void CALIBRATE(void * ctx, const void * hparams, const void * batch, void ** q, 
 }
 
 void * ATTEND(
-        void * ctx, void * gf, void * res, void * memory, void * batch, void * hparams, void * cparams, void * q, void * k,
-        void * v, void * k_cur, void * v_cur, void * bias, void * mask, void * sinks, float scale, int il) {
-    void * (*attend)(void *, void *, void *, void *, void *, void *, void *, void *, void *, void *, void *, void *, void *,
-        void *, void *, float, int) = original(TEXT(ATTEND));
+        void * ctx, void * gf, void * res, void * memory, void * batch, void * hparams, void * cparams, void * q,
+        void * k, void * v, void * k_cur, void * v_cur, void * bias, void * mask, void * sinks, float scale, int il) {
+    void * (*attend)(void *, void *, void *, void *, void *, void *, void *, void *, void *, void *, void *, void *,
+        void *, void *, void *, float, int) = original(TEXT(ATTEND));
     return il >= FIRST_LAYER && (PLANT & WINDOW)
         ? NULL
         : attend(ctx, gf, res, memory, batch, hparams, cparams, q, k, v, k_cur, v_cur, bias, mask, sinks, scale, il);

@@ -1,4 +1,4 @@
-"""Recent window and calibration reach a context by a typed call, by options of llama.cpp's programs, or by variables."""
+"""Recent window and calibration reach a context by a typed call, options of llama.cpp's programs, or variables."""
 
 import ctypes
 import os

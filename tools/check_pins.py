@@ -5,8 +5,9 @@
     python3 tools/check_pins.py --json [...]       the same as JSON
     python3 tools/check_pins.py --move VERSION     if every anchor fits, build from this release from now on
 
-Source distributions come through pip, by the hashes in ggml_turbo/graft/releases.toml, and no code in them runs. A release
-without a hash there is taken as the registry has it. Exit code 1: something does not fit; 2: a release cannot be had.
+Source distributions come through pip, by the hashes in ggml_turbo/graft/releases.toml, and no code in them runs. A
+release without a hash there is taken as the registry has it. Exit code 1: something does not fit; 2: a release cannot
+be had.
 """
 
 import argparse
@@ -45,7 +46,7 @@ def fetch(version: str, cache: Path) -> tuple[Path, str]:
 
 
 def check(tree: Path) -> dict:
-    """What fits a llama.cpp tree: its ggml version, the number of insertions found, and the others with their reasons."""
+    """What fits a llama.cpp tree: its ggml version, how many insertions are found, and the others with their reasons."""
     insertions = graft.load()
     problems = graft.misfits(tree, insertions)
     found = {"ggml": source.ggml_version(tree), "insertions": len(insertions), "found": len(insertions) - len(problems)}

@@ -12,6 +12,10 @@ static int32_t number_of_tokens(const std::string & text) {
     return std::stoi(text);
 }
 
+static const std::initializer_list<llama_example> WITH_DRAFTS = {
+    LLAMA_EXAMPLE_SPECULATIVE, LLAMA_EXAMPLE_SERVER, LLAMA_EXAMPLE_CLI
+};
+
 // What the command line has said so far.
 static llama_turbo_params options       = llama_turbo_default_params();
 static llama_turbo_params draft_options = llama_turbo_default_params();
@@ -41,7 +45,7 @@ void llama_turbo_add_options(const std::function<void(common_arg)> & add_opt) {
             draft_options.cache_window = number_of_tokens(value);
             llama_turbo_set_options(&draft_options, true);
         }
-    ).set_spec().set_examples({LLAMA_EXAMPLE_SPECULATIVE, LLAMA_EXAMPLE_SERVER, LLAMA_EXAMPLE_CLI}).set_env("TURBO_DRAFT_CACHE_WINDOW"));
+    ).set_spec().set_examples(WITH_DRAFTS).set_env("TURBO_DRAFT_CACHE_WINDOW"));
     add_opt(common_arg(
         {"--spec-draft-cache-sinks", "--cache-sinks-draft"}, "N",
         "--cache-sinks of the draft model (default: the same)",
@@ -49,5 +53,5 @@ void llama_turbo_add_options(const std::function<void(common_arg)> & add_opt) {
             draft_options.cache_sinks = number_of_tokens(value);
             llama_turbo_set_options(&draft_options, true);
         }
-    ).set_spec().set_examples({LLAMA_EXAMPLE_SPECULATIVE, LLAMA_EXAMPLE_SERVER, LLAMA_EXAMPLE_CLI}).set_env("TURBO_DRAFT_CACHE_SINKS"));
+    ).set_spec().set_examples(WITH_DRAFTS).set_env("TURBO_DRAFT_CACHE_SINKS"));
 }

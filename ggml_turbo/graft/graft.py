@@ -5,18 +5,20 @@
     python graft.py --check SOURCE
         only look whether every anchor is found
 
-insertions/*.toml say what is inserted where, and why; pin.toml for which llama.cpp. Nothing is removed. An insertion has
+insertions/*.toml say what is inserted where, and why; pin.toml for which llama.cpp. Nothing is removed. An insertion
+has
 
     file            the file of llama.cpp
     why             the reason it exists, in words that need no other insertion beside them
-    within          a block, or a list of them, that holds the anchor: by its first line (or lines), from which it reaches to
-                    its closing brace; or by a comment, which stands for the block around it. Absent: the whole file
+    within          a block, or a list of them, that holds the anchor: by its first line (or lines), from which it
+                    reaches to its closing brace; or by a comment, which stands for the block around it. Absent: the
+                    whole file
     before, after   the anchor: a text that stands exactly once in the block
     lines           whole lines, put before or after the anchor's line
     inline          characters, put right before or after the anchor
 
-All code is in our own files, with ggml_turbo/ on the include path; compiling and linking them needs no insertion, since the
-top CMakeLists.txt adds them to llama.cpp's targets.
+All code is in our own files, with ggml_turbo/ on the include path; compiling and linking them needs no insertion, since
+the top CMakeLists.txt adds them to llama.cpp's targets.
 """
 
 import argparse
@@ -65,7 +67,7 @@ class Insertion:
         return [self._offset(content, *region) for region in regions]
 
     def _block(self, content: str, first_line: str) -> tuple[int, int]:
-        """From the line in which first_line begins to the end of its block, or of the block around it if it is a comment."""
+        """From the line in which first_line begins to the end of its block; if it is a comment, of the block around it."""
         begin = self._only(content, first_line, 0, len(content))
         begin = content.rfind("\n", 0, begin) + 1
         indent = re.compile(r"[ \t]*").match(content, begin).group()

@@ -1,6 +1,6 @@
-// Whether every layer of a graph whose keys are stored calibrated has its queries calibrated, too, and whether every layer
-// of a cache with a recent window attends to it. The graph itself is looked at, so an architecture that reads or writes a
-// cache in a way of its own is noticed, whatever its name is.
+// Whether every layer of a graph whose keys are stored calibrated has its queries calibrated, too, and whether every
+// layer of a cache with a recent window attends to it. The graph itself is looked at, so an architecture that reads or
+// writes a cache in a way of its own is noticed, whatever its name is.
 
 #include "llama-impl.h"
 #include "turbo-kv.h"
@@ -57,7 +57,9 @@ static bool only_rearranges(const ggml_tensor * node) {
 
 template <typename predicate>
 static bool any_source(const ggml_tensor * node, predicate && holds) {
-    return std::any_of(node->src, node->src + GGML_MAX_SRC, [&](const ggml_tensor * source) { return source && holds(source); });
+    return std::any_of(node->src, node->src + GGML_MAX_SRC, [&](const ggml_tensor * source) {
+        return source && holds(source);
+    });
 }
 
 bool llama_turbo_check_graph(ggml_cgraph * graph) {
@@ -76,7 +78,8 @@ bool llama_turbo_check_graph(ggml_cgraph * graph) {
             continue;
         }
         if (node->op == GGML_OP_SET_ROWS) {
-            if (const auto * store = store_of(node); store && store->scale && !is_scaled(node->src[0], { store->scale })) {
+            const auto * store = store_of(node);
+            if (store && store->scale && !is_scaled(node->src[0], { store->scale })) {
                 found[store->turbo].uncalibrated.insert(store->layer);
             }
             continue;
@@ -88,7 +91,8 @@ bool llama_turbo_check_graph(ggml_cgraph * graph) {
             }
             auto & of_cache = found[store->turbo];
             of_cache.layers.insert(store->layer);
-            if (store->scale && !any_source(node, [&](const ggml_tensor * t) { return is_scaled(t, store->q_scales); })) {
+            const auto is_query = [&](const ggml_tensor * t) { return is_scaled(t, store->q_scales); };
+            if (store->scale && !any_source(node, is_query)) {
                 of_cache.uncalibrated.insert(store->layer);
             }
             if (store->ring && !any_source(node, [&](const ggml_tensor * t) { return memory_of(t) == store->ring; })) {
@@ -96,5 +100,7 @@ bool llama_turbo_check_graph(ggml_cgraph * graph) {
             }
         }
     }
-    return std::all_of(found.begin(), found.end(), [](const auto & entry) { return entry.first->accepts(entry.second); });
+    return std::all_of(found.begin(), found.end(), [](const auto & of_cache) {
+        return of_cache.first->accepts(of_cache.second);
+    });
 }

@@ -1,5 +1,5 @@
-// The members of llama_model that insertions declare: what a file's metadata say of keys and values, and what contexts the
-// model allows.
+// The members of llama_model that insertions declare: what a file's metadata say of keys and values, and what contexts
+// the model allows.
 
 #include "llama-model.h"
 #include "turbo-cache-types.h"

@@ -27,10 +27,12 @@ static bool is_possible(const llama_turbo_params & params) {
     const char * wrong =
         params.cache_window < LLAMA_TURBO_UNSAID ? "the recent window is no number of tokens" :
         params.cache_sinks  < LLAMA_TURBO_UNSAID ? "the first tokens of the recent window are no number of tokens" :
-        params.calibration  < LLAMA_TURBO_UNSAID || params.calibration > LLAMA_TURBO_USE_FORCE ? "the use of the calibration is unknown" :
+        params.calibration  < LLAMA_TURBO_UNSAID    ? "the use of the calibration is unknown" :
+        params.calibration  > LLAMA_TURBO_USE_FORCE ? "the use of the calibration is unknown" :
         nullptr;
     if (wrong) {
-        LLAMA_LOG_ERROR("%s: %s (%d, %d, %d)\n", __func__, wrong, params.cache_window, params.cache_sinks, params.calibration);
+        LLAMA_LOG_ERROR("%s: %s (%d, %d, %d)\n", __func__, wrong, params.cache_window, params.cache_sinks,
+            params.calibration);
     }
     return !wrong;
 }
@@ -65,7 +67,8 @@ static std::string variable(const char * name, const char * old_name) {
     static std::set<std::string> warned;
     std::lock_guard<std::mutex> lock(mutex);
     if (warned.insert(old_name).second) {
-        LLAMA_LOG_WARN("%s: %s is called %s now; the next release will not know the old name\n", __func__, old_name, name);
+        LLAMA_LOG_WARN("%s: %s is called %s now; the next release will not know the old name\n", __func__, old_name,
+            name);
     }
     return value;
 }

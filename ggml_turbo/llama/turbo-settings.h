@@ -4,7 +4,7 @@
 //
 // Each setting is taken from the first of these that says it:
 //   llama_turbo_set_next     for the next context that the calling thread makes
-//   llama_turbo_set_options  for all contexts of the process: the options --cache-window and --cache-sinks of llama.cpp's programs
+//   llama_turbo_set_options  for all contexts of the process: --cache-window and --cache-sinks of llama.cpp's programs
 //   the environment          TURBO_CACHE_WINDOW, TURBO_CACHE_SINKS (tokens), TURBO_CALIBRATION (0, 1 or force)
 //   the default              that each field names
 
@@ -24,8 +24,8 @@ enum llama_turbo_use {
 
 // Every field may be LLAMA_TURBO_UNSAID.
 struct llama_turbo_params {
-    int32_t cache_window; // tokens at the end of each sequence that are kept at full precision; by default 64 with turbo
-                          // types, 0 with others
+    int32_t cache_window; // tokens at the end of each sequence that are kept at full precision; by default 64 with
+                          // turbo types, 0 with others
     int32_t cache_sinks;  // tokens at its beginning that are kept as well, where there is a window; by default 4
     int32_t calibration;  // enum llama_turbo_use of the calibration in the file; by default LLAMA_TURBO_USE_FIT
 };
@@ -33,19 +33,19 @@ struct llama_turbo_params {
 // Nothing said.
 LLAMA_API struct llama_turbo_params llama_turbo_default_params(void);
 
-// For the next context made on this thread, and for no other, whether it can be made or not. False, with a line in the log,
-// if a field cannot have its value; then nothing has changed.
+// For the next context made on this thread, and for no other, whether it can be made or not. False, with a line in the
+// log, if a field cannot have its value; then nothing has changed.
 LLAMA_API bool llama_turbo_set_next(const struct llama_turbo_params * params);
 
-// For all contexts of the process. draft: for those made beside another (ctx_other), as of draft models; they take what is
-// unsaid from the options of the others. False as above.
+// For all contexts of the process. draft: for those made beside another (ctx_other), as of draft models; they take what
+// is unsaid from the options of the others. False as above.
 LLAMA_API bool llama_turbo_set_options(const struct llama_turbo_params * params, bool draft);
 
 #ifdef __cplusplus
 }
 
-// What holds for the context that this thread is making, all fields said but cache_window, whose default depends on types.
-// Throws where the environment says what cannot be.
+// What holds for the context that this thread is making, all fields said but cache_window, whose default depends on
+// types. Throws where the environment says what cannot be.
 void llama_turbo_take_params(bool is_draft);
 const llama_turbo_params & llama_turbo_taken_params();
 #endif

@@ -37,6 +37,8 @@ from . import ggml, outputfile, progress, texts
 from .errors import TurboquantError
 from .ggufile import GGUFModel, rewrite
 from .logits import Model
+from .modelmemory import F16, STEP, ModelMemory
+from .recentwindow import RecentWindow, set_next
 from .signals import deferred
 
 VERSION = 1
@@ -152,9 +154,17 @@ def calibrate(
                 before = statistics.error
     with outputfile.beside(output) as unfinished:
         rewrite(model, unfinished, KEY, _metadata(found, layers, statistics.centred, context))
+        _require_use(unfinished)
     error = statistics.error / before
     read = sum(map(len, windows))
     return Calibration(output, read, context, len(found), statistics.centred, statistics.reason, error)
+
+
+def _require_use(calibrated: Path) -> None:
+    """Raises TurboquantError if the attention of this model does not pass where llama.cpp calibrates keys."""
+    with ModelMemory(calibrated) as memory:  # its graphs are built, and neither weights read nor a cache allocated
+        set_next(RecentWindow(), force_calibration=True)
+        memory.measure(F16, STEP)
 
 
 def _context(file: GGUFModel, asked: int | None) -> int:

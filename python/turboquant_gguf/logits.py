@@ -94,9 +94,10 @@ class Model:
 class Context:
     """A KV cache for one sequence, and what computes with it. A context manager: it owns memory.
 
-    length: the most tokens it holds. types: of the cache. recent_window: None is what the environment says. observer: a turbo_observer (turbo-observer.h) that is to see
-    attention; it needs all tokens at once, and flash attention. threads: of the CPU; None: its cores, by llama.cpp's
-    rule of thumb. Raises TurboquantError if llama.cpp does not take this.
+    length: the most tokens it holds. types: of the cache. recent_window: None is what the environment says. observer:
+    a turbo_observer (turbo-observer.h) that is to see attention; it needs all tokens at once, and flash attention.
+    threads: of the CPU; None: its cores, by llama.cpp's rule of thumb. Raises TurboquantError if llama.cpp does not
+    take this.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """The recent window of a KV cache: how many tokens llama.cpp keeps at full precision beside quantized ones.
 
-A context of this process takes it as an argument (`set_next`). Programs and workers that this process starts, and contexts
-that are given none, find it in the environment (`use`).
+A context of this process takes it as an argument (`set_next`). Programs and workers that this process starts, and
+contexts that are given none, find it in the environment (`use`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ VARIABLES = {
 }
 """Environment variables for contexts, by the names they had at first: results keep those, programs warn of them."""
 
-_UNSAID = -1
+_UNSAID, _FORCE = -1, 2  # LLAMA_TURBO_UNSAID, LLAMA_TURBO_USE_FORCE
 
 
 @dataclass(frozen=True)
@@ -87,9 +87,13 @@ def use(window: RecentWindow) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def set_next(window: RecentWindow) -> None:
-    """Give `window` to the next context that this thread makes, whatever the environment says. libllama is loaded."""
+def set_next(window: RecentWindow, *, force_calibration: bool = False) -> None:
+    """Give `window` to the next context that this thread makes, whatever the environment says. libllama is loaded.
+
+    force_calibration: keys are calibrated whatever their type, if the file has a calibration.
+    """
     recent, sinks = (_UNSAID if value is None else value for value in (window.recent, window.sinks))
-    params = ggml.ContextParams(cache_window=recent, cache_sinks=sinks, calibration=_UNSAID)
+    calibration = _FORCE if force_calibration else _UNSAID
+    params = ggml.ContextParams(cache_window=recent, cache_sinks=sinks, calibration=calibration)
     if not ggml.function("llama_turbo_set_next")(ctypes.byref(params)):
         raise ValueError(f"libllama takes no recent window of {recent} and {sinks} tokens.")
