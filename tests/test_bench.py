@@ -11,13 +11,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import tiny_model
 from rich.console import Console
 
+import tiny_model
 from sequences import window_slots
-from turboquant_gguf import bench, benchplot, cachefacts, native
-from turboquant_gguf.cachetypes import CacheTypes
 from turboquant_gguf.errors import TurboquantError
+from turboquant_gguf.kinds import bench
+from turboquant_gguf.llamacpp import cachefacts, native
+from turboquant_gguf.llamacpp.cachetypes import CacheTypes
+from turboquant_gguf.report import benchplot
 
 COMMAND = (sys.executable, "-m", "turboquant_gguf.cli", "bench")
 SMALL = ("--prefill", "16", "--decode", "4", "--threads", "1")

@@ -13,13 +13,14 @@ import time
 from pathlib import Path
 
 import pytest
-import tiny_model
 from rich.console import Console
 
-from turboquant_gguf import evaluation, harness, server
-from turboquant_gguf.cachetypes import CacheTypes, UnknownTypeError
+import tiny_model
 from turboquant_gguf.errors import TurboquantError
-from turboquant_gguf.evaluation import Difference, Score
+from turboquant_gguf.kinds import evaluation, harness
+from turboquant_gguf.kinds.evaluation import Difference, Score
+from turboquant_gguf.llamacpp import server
+from turboquant_gguf.llamacpp.cachetypes import CacheTypes, UnknownTypeError
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed (pip install 'turboquant-gguf[eval]')")
 

@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny_model
 from click.testing import CliRunner
 
+import tiny_model
 from turboquant_gguf import cli
 from turboquant_gguf.errors import TurboquantError
 

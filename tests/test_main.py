@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 import tiny_model
 from test_child import alive, descendants, in_proc, until
 

@@ -14,13 +14,15 @@ from pathlib import Path
 
 import httpx
 import pytest
-import tiny_model
 from rich.console import Console
 
-from turboquant_gguf import benchplot, haystack, niah, niahplot, server
-from turboquant_gguf.cachetypes import CacheTypes
+import tiny_model
 from turboquant_gguf.errors import TurboquantError
-from turboquant_gguf.haystack import Needle
+from turboquant_gguf.kinds import haystack, niah
+from turboquant_gguf.kinds.haystack import Needle
+from turboquant_gguf.llamacpp import server
+from turboquant_gguf.llamacpp.cachetypes import CacheTypes
+from turboquant_gguf.report import benchplot, niahplot
 
 COMMAND = (sys.executable, "-m", "turboquant_gguf.cli", "niah")
 NARROW = {"COLUMNS": "80", "NO_COLOR": "1"}

@@ -5,10 +5,10 @@ import re
 from pathlib import Path
 
 import pytest
-import tiny_architectures
-import tiny_model
 from click.testing import CliRunner, Result
 
+import tiny_architectures
+import tiny_model
 from turboquant_gguf import cli
 from turboquant_gguf.errors import TurboquantError
 
@@ -123,7 +123,7 @@ def test_sizes_without_a_unit(llama, command, size):
 
 @pytest.mark.parametrize("where", ["/proc/self/out.gguf", "/proc/out.gguf"])
 def test_calibrate_finds_out_first_that_it_cannot_write(llama, monkeypatch, where):
-    monkeypatch.setattr("turboquant_gguf.calibration._read", lambda *_: pytest.fail("it began to read"))
+    monkeypatch.setattr("turboquant_gguf.weights.calibration._read", lambda *_: pytest.fail("it began to read"))
     done = invoke("calibrate", llama, "-o", where)
     assert isinstance(done.exception, TurboquantError)
     assert re.search("out.gguf cannot be written into /proc.*Write it elsewhere", str(done.exception))

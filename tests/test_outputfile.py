@@ -11,7 +11,8 @@ import pytest
 from click.testing import CliRunner
 
 import checkpoints
-from turboquant_gguf import cli, outputfile
+from turboquant_gguf import cli
+from turboquant_gguf.core import outputfile
 from turboquant_gguf.errors import TurboquantError
 
 HOLD = """

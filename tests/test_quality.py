@@ -16,11 +16,14 @@ from click.testing import CliRunner
 from rich.console import Console
 
 import checkpoints
-from turboquant_gguf import cli, native, provenance, quality, texts
-from turboquant_gguf.cachetypes import CacheTypes
+from turboquant_gguf import cli
+from turboquant_gguf.core import texts
 from turboquant_gguf.errors import TurboquantError
-from turboquant_gguf.logits import Model
-from turboquant_gguf.store import Store
+from turboquant_gguf.kinds import quality
+from turboquant_gguf.llamacpp import native, provenance
+from turboquant_gguf.llamacpp.cachetypes import CacheTypes
+from turboquant_gguf.llamacpp.logits import Model
+from turboquant_gguf.measure.store import Store
 
 F16, F32, TURBO4, Q4_0 = map(CacheTypes.parse, ("f16", "f32", "turbo4", "q4_0"))
 

@@ -8,14 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_architectures
 from click.testing import CliRunner
 from rich.console import Console
-from turboquant_gguf import cli, native, provenance, quality
-from turboquant_gguf.cachetypes import CacheTypes
-from turboquant_gguf.modelmemory import ModelMemory
-from turboquant_gguf.recommend import recommend, reference
-from turboquant_gguf.store import Store
+
+import tiny_architectures
+from turboquant_gguf import cli
+from turboquant_gguf.kinds import quality
+from turboquant_gguf.llamacpp import native, provenance
+from turboquant_gguf.llamacpp.cachetypes import CacheTypes
+from turboquant_gguf.llamacpp.modelmemory import ModelMemory
+from turboquant_gguf.measure.recommend import recommend, reference
+from turboquant_gguf.measure.store import Store
 
 CONTEXT = 8192
 
@@ -23,7 +26,7 @@ CONTEXT = 8192
 @pytest.fixture(autouse=True)
 def no_measurements(tmp_path, monkeypatch, smollm2):
     """None of the user's own count here; smollm2 is fetched before its cache folder moves."""
-    monkeypatch.setattr(quality, "cache_folder", lambda: tmp_path)
+    monkeypatch.setenv("TURBOQUANT_CACHE_DIR", str(tmp_path))
 
 
 @pytest.fixture(scope="session")

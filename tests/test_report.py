@@ -17,21 +17,14 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
-from turboquant_gguf import (
-    bench,
-    findings,
-    niah,
-    provenance,
-    quality,
-    report,
-    reportcontents,
-    reportplots,
-    reporttables,
-)
-from turboquant_gguf.cachetypes import CacheTypes
 from turboquant_gguf.commands.report import report as command
 from turboquant_gguf.errors import TurboquantError
-from turboquant_gguf.store import Store
+from turboquant_gguf.kinds import bench, niah, quality
+from turboquant_gguf.llamacpp import provenance
+from turboquant_gguf.llamacpp.cachetypes import CacheTypes
+from turboquant_gguf.measure import findings
+from turboquant_gguf.measure.store import Store
+from turboquant_gguf.report import contents, page, plots, tables
 
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
@@ -170,12 +163,12 @@ def test_damaged_files_are_sentences(full, seed):
 
 def write(results: Path, name: str, **options) -> Path:
     path = results.with_name(name)
-    report.report(results, outputs=[path], console=Console(quiet=True), **options)
+    page.report(results, outputs=[path], console=Console(quiet=True), **options)
     return path
 
 
-def sections(results: Path) -> list[reportcontents.Section]:
-    return report.report(results, console=Console(quiet=True))
+def sections(results: Path) -> list[contents.Section]:
+    return page.report(results, console=Console(quiet=True))
 
 
 def shown(results: Path, *arguments: str) -> str:
@@ -367,9 +360,9 @@ def test_image(results, panels):
     with Image.open(write(results, "report.png")) as image:
         width, height = image.size
         colors = {color for _, color in image.convert("RGB").getcolors(1 << 24)}
-    assert width == pytest.approx(150 * reportplots.WIDTH * panels, abs=2)
-    assert height == pytest.approx(150 * 2 * (reportplots.HEIGHT + 0.4), abs=2)
-    assert (255, 255, 255) in colors and tuple(bytes.fromhex(reportplots.PRINT.turbo[1:])) in colors
+    assert width == pytest.approx(150 * plots.WIDTH * panels, abs=2)
+    assert height == pytest.approx(150 * 2 * (plots.HEIGHT + 0.4), abs=2)
+    assert (255, 255, 255) in colors and tuple(bytes.fromhex(plots.PRINT.turbo[1:])) in colors
     assert xml.etree.ElementTree.parse(write(results, "report.svg")).getroot().tag.endswith("svg")
 
 
@@ -393,7 +386,7 @@ def test_latest_build_counts(results):
     (section,) = sections(results)
     builds = {kind: [one.settings["build"] for one in found] for kind, found in section.findings.items()}
     assert builds == {"quality": [OLD], "speed": [NEW], "retrieval": [NEW], "task": []}
-    sources = [part.source for part in reporttables.parts(section, [MACHINE])]
+    sources = [part.source for part in tables.parts(section, [MACHINE])]
     assert "turboquant-gguf 0.0.9 (llama.cpp aaaaaaaaaaaa)" in sources[0]
     assert "turboquant-gguf 0.1.0 (llama.cpp bbbbbbbbbbbb)" in sources[1]
 
@@ -404,7 +397,7 @@ def test_switches_of_the_environment_are_settings(results):
         add_quality(store, {"f16": 0, "turbo4": 0.04}, build=OLD)
         add_quality(store, {"f16": 0, "turbo4": 0.4}, build=NEW | {"LLAMA_ATTN_ROT_DISABLE": "1"})
     (section,) = sections(results)
-    plain, switched = reporttables.parts(section, [MACHINE])
+    plain, switched = tables.parts(section, [MACHINE])
     assert "LLAMA" not in plain.conditions and switched.conditions.endswith(", LLAMA_ATTN_ROT_DISABLE=1")
     assert plain.table.rows[""][1] == TURBO4
 
@@ -571,7 +564,7 @@ def _luminance(color: str) -> float:
 
 def test_same_data_same_bytes(full):
     """So that a page under version control changes only when measurements do."""
-    for suffix in report.FORMATS:
+    for suffix in page.FORMATS:
         assert write(full, f"a{suffix}").read_bytes() == write(full, f"b{suffix}").read_bytes()
 
 
@@ -652,7 +645,7 @@ def test_frontier(results):
         "turbo3": 0.1,
         "turbo2": 0.1,
     }
-    frontier = reportplots.frontier(finding(klds, results))
+    frontier = plots.frontier(finding(klds, results))
     # As exact with fewer bits: turbo2 beats turbo3. Of equal bits: turbo3 beats turbo4:turbo2.
     assert list(map(str, frontier)) == ["turbo2", "turbo4", "q8_0"]
 
@@ -662,11 +655,11 @@ def test_labels_of_points_do_not_overlap(results):
     from matplotlib.text import Annotation, Text
 
     near = {"q5_0": 0.034, "q4_1": 0.033, "q4_0": 0.032, "iq4_nl": 0.031, "turbo4": 0.03, "turbo4:turbo3": 0.035}
-    (panel,) = reportplots.panels("quality", finding({"f16": 0, "q8_0": 0.01, "turbo2": 0.2} | near, results))
-    figure = Figure(figsize=(reportplots.WIDTH, reportplots.HEIGHT), dpi=72, layout="constrained")
+    (panel,) = plots.panels("quality", finding({"f16": 0, "q8_0": 0.01, "turbo2": 0.2} | near, results))
+    figure = Figure(figsize=(plots.WIDTH, plots.HEIGHT), dpi=72, layout="constrained")
     axes = figure.subplots()
-    panel.draw(axes, reportplots.LIGHT)
-    reportplots._save(figure, results.with_name("labels.svg"), "svg")
+    panel.draw(axes, plots.LIGHT)
+    plots._save(figure, results.with_name("labels.svg"), "svg")
     labels = [text for text in axes.texts if isinstance(text, Annotation)]
     assert {label.get_text() for label in labels} == {"q8_0", "turbo2", *near}
     figure.draw_without_rendering()
@@ -677,9 +670,9 @@ def test_labels_of_points_do_not_overlap(results):
 
 def test_themes_differ_in_color_alone(full):
     (measured,) = sections(full)[0].findings["quality"]
-    (panel,) = reportplots.panels("quality", measured)
-    images = [reportplots.svg(panel, theme).decode() for theme in (reportplots.LIGHT, reportplots.DARK)]
-    for image, theme in zip(images, (reportplots.LIGHT, reportplots.DARK), strict=True):
+    (panel,) = plots.panels("quality", measured)
+    images = [plots.svg(panel, theme).decode() for theme in (plots.LIGHT, plots.DARK)]
+    for image, theme in zip(images, (plots.LIGHT, plots.DARK), strict=True):
         assert all(color in image for color in (theme.ink, theme.turbo, theme.stock))
     light, dark = (re.sub(r"#\w+", "", re.sub(r'id="\w+"', "", image)) for image in images)  # identifiers are hashes
     assert light == dark
@@ -714,7 +707,7 @@ def test_bad_outputs(full, output, because):
     full.with_name("folder.md").mkdir()
     good = full.with_name("good.md")
     with pytest.raises(TurboquantError, match=because):
-        report.report(full, outputs=[good, full.parent / output], console=Console(quiet=True))
+        page.report(full, outputs=[good, full.parent / output], console=Console(quiet=True))
     assert not good.exists()
 
 
@@ -745,7 +738,7 @@ def test_missing_package(full, monkeypatch, package, output):
 
 def test_failed_output_leaves_the_old_one(full, monkeypatch):
     old = write(full, "report.md").read_text("utf-8")
-    monkeypatch.setitem(report._WRITERS, ".md", lambda sections, path: path.write_text("half") and 1 / 0)
+    monkeypatch.setitem(page._WRITERS, ".md", lambda sections, path: path.write_text("half") and 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write(full, "report.md")
     assert full.with_name("report.md").read_text("utf-8") == old

@@ -9,15 +9,17 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import checkpoints
 import numpy as np
 import pytest
 from click.testing import CliRunner
 from rich.console import Console
-from turboquant_gguf import cli, quality
+
+import checkpoints
+from turboquant_gguf import cli
 from turboquant_gguf.errors import TurboquantError
-from turboquant_gguf.store import Store
-from turboquant_gguf.sweep import Report, sweep
+from turboquant_gguf.kinds import quality
+from turboquant_gguf.measure.store import Store
+from turboquant_gguf.measure.sweep import Report, sweep
 
 LEAST = {"context": 32, "windows": 3, "lengths": (200,), "depths": (0,), "repetitions": 1, "threads": 1}
 

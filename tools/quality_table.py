@@ -19,10 +19,15 @@ from pathlib import Path
 
 import click
 from rich.console import Console
-from turboquant_gguf import models, outputfile, quality
-from turboquant_gguf.cachetypes import CacheTypes
-from turboquant_gguf.calibration import calibrate
-from turboquant_gguf.report import report
+
+from turboquant_gguf.core import outputfile
+from turboquant_gguf.core.folders import cache_folder
+from turboquant_gguf.kinds import quality
+from turboquant_gguf.llamacpp import models
+from turboquant_gguf.llamacpp.cachetypes import CacheTypes
+from turboquant_gguf.measure import store
+from turboquant_gguf.report.page import report
+from turboquant_gguf.weights.calibration import calibrate
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "python" / "turboquant_gguf" / "data" / "reference.json"
@@ -41,9 +46,9 @@ BEGIN, END = "<!-- by tools/quality_table.py -->", "<!-- end -->"
 @click.option("--results", type=click.Path(path_type=Path), default=None, help="A file of measurements.")
 def main(text: Path, windows: int, context: int, results: Path | None) -> None:
     console = Console(stderr=True)
-    results = results or quality.default_results()
+    results = results or store.default_results()
     model = models.fetch("smollm2-135m")
-    calibrated = models.cache_folder() / "SmolLM2-135M-Instruct-calibrated.gguf"
+    calibrated = cache_folder() / "SmolLM2-135M-Instruct-calibrated.gguf"
     if not calibrated.exists():  # made again with other threads it would be a little different, and so another model
         calibrate(model, calibrated, console=console)
 

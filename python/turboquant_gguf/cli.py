@@ -13,7 +13,6 @@ from collections.abc import Sequence
 
 import click
 
-from . import messages
 from .__main__ import CRASH_LOG
 from .commands.bench import bench
 from .commands.calibrate import calibrate
@@ -28,8 +27,9 @@ from .commands.report import report
 from .commands.sweep import sweep
 from .commands.types import types
 from .commands.verify import verify
+from .core import messages
+from .core.signals import unwind
 from .errors import TurboquantError
-from .signals import unwind
 
 EPILOG = """\b
 Exit codes: 0 done, 1 it failed and said why, 2 the command was wrong,

@@ -29,7 +29,7 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "python" / "turboquant_gguf"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "python" / "turboquant_gguf" / "codec"))
 import codec_numpy  # the module alone: the package would want its compiled libraries
 
 SOURCE = Path(__file__).resolve().parents[2] / "ggml_turbo"

@@ -9,8 +9,9 @@ import click
 from rich.console import Console
 from rich.markup import escape
 
-from .. import bench as library
-from .. import benchplot, messages
+from ..core import messages
+from ..kinds import bench as library
+from ..report import benchplot
 from . import options
 
 EPILOG = """\b

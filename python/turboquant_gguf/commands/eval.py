@@ -9,8 +9,8 @@ import click
 from rich.console import Console
 from rich.markup import escape
 
-from .. import evaluation as library
-from .. import messages
+from ..core import messages
+from ..kinds import evaluation as library
 from . import options
 
 EPILOG = """\b

@@ -9,8 +9,9 @@ import click
 from rich.console import Console
 from rich.markup import escape
 
-from .. import benchplot, messages, niahplot
-from .. import niah as library
+from ..core import messages
+from ..kinds import niah as library
+from ..report import benchplot, niahplot
 from . import options
 
 EPILOG = """\b

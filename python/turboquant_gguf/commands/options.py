@@ -8,9 +8,11 @@ from pathlib import Path
 
 import click
 
-from .. import benchplot, outputfile, remotecode
+from ..core import outputfile
 from ..errors import TurboquantError
-from ..inspection import parse_size
+from ..measure.inspection import parse_size
+from ..report import benchplot
+from ..weights import remotecode
 
 _FILE = click.Path(path_type=Path, dir_okay=False, writable=True)
 

@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .. import messages, quality, texts
-from ..cachetypes import CacheTypes
+from ..core import messages, texts
+from ..kinds import quality
+from ..llamacpp.cachetypes import CacheTypes
 from . import options
 
 EPILOG = """\b

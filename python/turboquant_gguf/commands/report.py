@@ -9,8 +9,10 @@ import click
 from rich.console import Console
 from rich.markup import escape
 
-from .. import messages, quality, reportcontents, reporttables
-from .. import report as library
+from ..core import messages
+from ..measure import store
+from ..report import contents, tables
+from ..report import page as library
 from . import options
 
 EPILOG = """\b
@@ -62,10 +64,10 @@ def report(
     was measured with several builds of turboquant-gguf, the latest counts.
     """
     console = Console(stderr=as_json)
-    sections = library.report(results or quality.default_results(), outputs=outputs, models=models, console=console)
+    sections = library.report(results or store.default_results(), outputs=outputs, models=models, console=console)
     for output in outputs:
         messages.say(f"{escape(str(output))} written", console)
     if as_json:
-        click.echo(json.dumps(reportcontents.as_json(sections), indent=2))
+        click.echo(json.dumps(contents.as_json(sections), indent=2))
     elif not outputs:
-        console.print(reporttables.terminal(sections), highlight=False)
+        console.print(tables.terminal(sections), highlight=False)

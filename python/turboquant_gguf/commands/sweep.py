@@ -10,8 +10,9 @@ import click
 from rich.console import Console
 from rich.markup import escape
 
-from .. import messages, quality, texts
-from .. import sweep as library
+from ..core import messages, texts
+from ..kinds import quality
+from ..measure import sweep as library
 from . import options
 
 RESULTS = Path("turboquant-results.sqlite")

@@ -1,0 +1,118 @@
+"""Where the cells of a sweep are measured: one after the other in processes of their own, or on a Dask cluster.
+
+Either way a crash of llama.cpp ends the process of a cell, and neither the sweep nor what was measured before.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from multiprocessing.connection import Connection
+from typing import Any
+
+from ..errors import TurboquantError
+from ..llamacpp import provenance
+from .cells import Cell, Failure, Row
+
+Found = tuple[Cell, Row | Failure, dict[str, Any]]
+"""A cell, something found in it, and the machine where it was found."""
+
+_GRACE_SECONDS = 10
+
+
+def here(cells: Sequence[Cell]) -> Iterator[Found]:
+    """Measure the cells one after the other. What is found comes as soon as it is."""
+    spawn = multiprocessing.get_context("spawn")
+    for cell in cells:
+        ours, theirs = spawn.Pipe(duplex=False)
+        process = spawn.Process(target=_send, args=(cell, theirs))
+        process.start()
+        theirs.close()
+        try:
+            while found := ours.recv():
+                yield cell, found, provenance.machine()
+        except EOFError:
+            process.join()
+            yield cell, _died(cell, process.exitcode), provenance.machine()
+        finally:
+            process.terminate()
+            process.join(_GRACE_SECONDS)
+            process.kill()
+            ours.close()
+
+
+def _send(cell: Cell, pipe: Connection) -> None:
+    """The work of a process: sends what is found, and None at the end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the sweep, which then ends us
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # stops llama-server on the way out
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    for found in _measured(cell):
+        pipe.send(found)
+    pipe.send(None)
+
+
+def _end_with_parent() -> None:
+    """Ends us at once when the sweep is gone, however it ended; llama-server then ends with us."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _measured(cell: Cell) -> Iterator[Row | Failure]:
+    try:
+        cell.require_model()
+        yield from cell.measure()
+    except TurboquantError as error:
+        yield Failure(cell.name, str(error), error.details)
+    except OSError as error:
+        yield Failure(cell.name, f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+
+
+def _died(cell: Cell, code: int | None) -> Failure:
+    if code is not None and code < 0:
+        how = f"was ended by {signal.Signals(-code).name}"
+    else:
+        how = f"ended with exit code {code}"
+    return Failure(cell.name, f"The process that measured it {how}, maybe for want of memory.")
+
+
+def on_cluster(address: str, cells: Sequence[Cell]) -> Iterator[Found]:
+    """Measure the cells on the workers of a Dask scheduler, such as tcp://10.0.0.1:8786, in whatever order they end.
+
+    Workers need this package, and the model under the same path. Raises TurboquantError if there is no scheduler.
+    """
+    try:
+        from distributed import Client, as_completed
+    except ModuleNotFoundError as error:
+        raise TurboquantError("A cluster needs Dask: pip install 'turboquant-gguf[cluster]'") from error
+    try:
+        client = Client(address, timeout=_GRACE_SECONDS)
+    except (OSError, ValueError) as error:
+        raise TurboquantError(
+            f"There is no Dask scheduler at {address}. Start one with `dask scheduler`, and `dask worker {address}` on "
+            "each machine.",
+            str(error),
+        ) from error
+    with client:
+        # Dask gives the cell of a worker that died to another one, and gives up after a few.
+        futures = {client.submit(_found, cell, provenance.switches(), pure=False): cell for cell in cells}
+        try:
+            for future in as_completed(futures):
+                cell = futures[future]
+                if future.status == "finished":
+                    found, machine = future.result()
+                    yield from ((cell, one, machine) for one in found)
+                else:
+                    error = future.exception()
+                    yield cell, Failure(cell.name, f"The cluster could not measure it: {error}"), provenance.machine()
+        finally:
+            client.cancel(list(futures))
+
+
+def _found(cell: Cell, switches: dict[str, str]) -> tuple[list[Row | Failure], dict[str, Any]]:
+    """The work of a Dask worker. switches: of the environment where the sweep was started."""
+    provenance.switch(switches)
+    return list(_measured(cell)), provenance.machine()
