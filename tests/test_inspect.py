@@ -14,6 +14,7 @@ from rich.console import Console
 
 import tiny_architectures
 from sequences import window_slots
+from turboquant_gguf.core import units
 from turboquant_gguf.errors import TurboquantError
 from turboquant_gguf.llamacpp import cachefacts, ggufile, native, server
 from turboquant_gguf.llamacpp.cachetypes import CacheTypes, UnknownTypeError
@@ -397,10 +398,10 @@ def test_models_that_llama_cpp_does_not_load(tmp_path):
 )  # fmt: skip
 def test_sizes_of_memory(text, size):
     if size is not None:
-        assert inspection.parse_size(text) == size
+        assert units.parse_size(text) == size
     else:
         with pytest.raises(ValueError, match="Write it like 8GiB"):
-            inspection.parse_size(text)
+            units.parse_size(text)
 
 
 def test_types_are_single(smollm2):

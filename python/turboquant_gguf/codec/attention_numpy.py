@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from ..llamacpp import ggml
 from . import codec_numpy
 from .attention import Problem
 
@@ -13,7 +14,7 @@ def decode(rows: NDArray[np.uint8], type: str) -> NDArray[np.float32]:
     """Values (..., n) of rows of a ggml type, uint8 (..., bytes). Stock quantized types need the package gguf."""
     if type in ("f16", "f32"):
         return rows.view({"f16": np.float16, "f32": np.float32}[type]).astype(np.float32)
-    if type.startswith("turbo"):
+    if ggml.is_turbo(type):
         codec = codec_numpy.codecs()[type]
         blocks = rows.reshape(-1, codec.block_bytes)
         return codec_numpy.dequantize_blocks(codec, blocks).reshape(*rows.shape[:-1], -1)

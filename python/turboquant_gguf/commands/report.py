@@ -9,7 +9,7 @@ import click
 from rich.console import Console
 from rich.markup import escape
 
-from ..core import messages
+from ..core import callbacks, messages
 from ..measure import store
 from ..report import contents, tables
 from ..report import page as library
@@ -43,7 +43,7 @@ Examples:
     type=click.Path(path_type=Path),
     multiple=True,
     metavar="FILE",
-    callback=lambda *of: tuple(options.new_file(*of[:2], path) for path in of[2]),
+    callback=lambda *of: tuple(callbacks.new_file(*of[:2], path) for path in of[2]),
     help="What to write; may be given several times [default: tables on the terminal]",
 )
 @click.option(
@@ -60,8 +60,8 @@ def report(
 ) -> None:
     """Show what is in RESULTS, a file of measurements: quality, speed, retrieval and tasks, model by model.
 
-    RESULTS comes from ppl --results or sweep; without it, the file in the user's cache folder is taken. Where the same
-    was measured with several builds of turboquant-gguf, the latest counts.
+    RESULTS comes from sweep, ppl, niah, eval or bench; without it, the file in the user's cache folder is taken. Where
+    the same was measured with several builds of turboquant-gguf, the latest counts.
     """
     console = Console(stderr=as_json)
     sections = library.report(results or store.default_results(), outputs=outputs, models=models, console=console)

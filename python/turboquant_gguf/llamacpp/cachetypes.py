@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import re
-import subprocess
 from dataclasses import dataclass
 from functools import cache
 
 from ..errors import TurboquantError
-from . import ggml, native
+from . import ggml
 
 
 class UnknownTypeError(TurboquantError, ValueError):
@@ -35,20 +33,27 @@ class CacheTypes:
         return self.k if self.k == self.v else f"{self.k}:{self.v}"
 
     @property
+    def is_turbo(self) -> bool:
+        """Whether keys or values are in one of our types."""
+        return ggml.is_turbo(self.k) or ggml.is_turbo(self.v)
+
+    @property
     def bits(self) -> float:
         """Bits a value, scales included: the mean of keys and values, of which there are as many in most models."""
         return (ggml.bits(self.k) + ggml.bits(self.v)) / 2
 
 
+F16 = CacheTypes("f16", "f16")
+"""What llama.cpp uses unless told otherwise, and what all others are compared with."""
+
+STOCK = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
+"""The types of its own that llama.cpp takes for caches."""
+
+
 @cache
 def supported() -> tuple[str, ...]:
-    """The cache types that the installed llama-server accepts, asked of itself."""
-    command = [native.tool_path("llama-server"), "--help"]
-    text = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-    listed = re.search(r"--cache-type-k TYPE.*?allowed values:([^()]*)", text, re.DOTALL)
-    if not listed:
-        raise TurboquantError(f"{command[0]} does not list its cache types. Is it a llama-server of this package?")
-    return tuple(name.strip() for name in listed[1].split(","))
+    """The cache types that the programs of this package take."""
+    return (*STOCK, *ggml.turbo_types())
 
 
 def _known(name: str) -> str:

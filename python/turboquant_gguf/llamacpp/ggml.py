@@ -237,6 +237,17 @@ def type_number(name: str) -> int:
         raise ValueError(f"ggml has no type called {name!r}") from None
 
 
+def is_turbo(type: str) -> bool:
+    """Whether a type is one of ours."""
+    return type.startswith("turbo")
+
+
+@cache
+def turbo_types() -> tuple[str, ...]:
+    """The names of our types, from the fewest bits to the most."""
+    return tuple(sorted(filter(is_turbo, _type_numbers())))
+
+
 def bits(type: str) -> float:
     """Bits that a value takes in any ggml type, scales included."""
     number = type_number(type)
@@ -248,7 +259,7 @@ def quantize(x: NDArray[np.float32], type: str) -> NDArray[np.uint8]:
     number = type_number(type)
     x = np.ascontiguousarray(x, np.float32)
     rows = np.empty((*x.shape[:-1], function("ggml_row_size")(number, x.shape[-1])), np.uint8)
-    if type.startswith("turbo"):  # in SIMD; what ggml itself would call is the scalar reference
+    if is_turbo(type):  # in SIMD; what ggml itself would call is the scalar reference
         function(f"quantize_row_{type}")(pointer(x), pointer(rows), x.size)
     elif x.size:
         function("ggml_quantize_chunk")(

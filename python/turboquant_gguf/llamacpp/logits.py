@@ -30,15 +30,16 @@ UBATCH = 512
 class Model:
     """The weights and the vocabulary of a GGUF. A context manager: it owns memory.
 
-    gpu_layers: how many of its layers go to a GPU, where this build of llama.cpp knows one.
+    gpu_layers: how many of its layers go to a GPU, where this build of llama.cpp knows one. vocabulary_only: no weights.
     Raises TurboquantError if it cannot be loaded.
     """
 
-    def __init__(self, path: Path, *, gpu_layers: int = 0) -> None:
+    def __init__(self, path: Path, *, gpu_layers: int = 0, vocabulary_only: bool = False) -> None:
         check_model_file(path)
         self.bindings = llama = _bindings()
         params = llama.llama_model_default_params()
         params.n_gpu_layers = gpu_layers
+        params.vocab_only = vocabulary_only
         with deferred(), ExitStack() as owned:  # a signal in the middle of libllama's log would be lost
             self.log = owned.enter_context(_captured_log(llama))
             self.handle = llama.llama_model_load_from_file(str(path).encode(), params)

@@ -16,7 +16,7 @@ from typing import Self
 
 from ..errors import TurboquantError
 from . import ggml
-from .cachetypes import CacheTypes
+from .cachetypes import F16, CacheTypes
 from .toolerrors import advice
 
 UBATCH = 512
@@ -34,8 +34,6 @@ _STARTS = tuple(16384 << doubled for doubled in range(4))
 _FAR = 16
 # How far from a line is still linear, in bytes: every tensor is padded to the alignment of its buffer.
 _PADDING = 1 << 16
-
-F16 = CacheTypes("f16", "f16")
 
 
 class RefusedError(TurboquantError):

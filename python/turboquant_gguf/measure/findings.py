@@ -3,83 +3,78 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
-from ..kinds import quality
-from ..llamacpp.cachetypes import CacheTypes
+from ..kinds import Finding, Kind
 from .store import Measurement, Store
 
 
-@dataclass(frozen=True)
-class Finding:
-    """Measurements of one kind and one model with the same settings. time: of the last of them, UTC, ISO 8601.
-
-    machines: where they were made. values: by cache types, in the order in which they were measured; a list of what the
-    cells of that kind say (cells.py).
-    """
-
-    model: Mapping[str, Any]
-    settings: Mapping[str, Any]
-    machines: list[Mapping[str, Any]]
-    time: str
-    values: dict[CacheTypes, list[dict[str, Any]]]
+def of_kind(store: Store, kind: type[Kind]) -> list[Finding]:
+    """What there is of a kind, the oldest first. A kind that wants a machine for itself is apart for each machine."""
+    return _of_rows(kind, store.all(kind.name))
 
 
-@dataclass(frozen=True)
-class QualityFinding:
-    """The same for quality, over the windows that all of these types were measured on."""
+def of_work(store: Store, done: Sequence[Kind]) -> list[Finding]:
+    """What there is of pieces of work, each of the same kind."""
+    if not done:
+        return []
+    kind = type(done[0])
+    wanted = {(one.facts["fingerprint"], _text(one.settings)): one.parts for one in done}
+    rows = []
+    for row in store.all(kind.name):
+        parts = wanted.get((row.model["fingerprint"], _text(row.settings)), {})
+        if row.types in parts.get(row.part, ()):
+            rows.append(row)
+    return merged(kind, _of_rows(kind, rows))
 
-    model: Mapping[str, Any]
-    settings: Mapping[str, Any]
-    machines: list[Mapping[str, Any]]
-    time: str
-    windows: int
-    results: list[quality.Quality]
 
-
-def of_kind(store: Store, kind: str) -> list[Finding]:
-    """What there is of a kind other than quality, the oldest first; speed is apart for each machine."""
+def _of_rows(kind: type[Kind], rows: Iterable[Measurement]) -> list[Finding]:
     found = []
-    for rows in _groups(store, kind, by_machine=kind == "speed"):
-        values = {row.types: json.loads(row.value) for row in rows}
-        found.append(Finding(rows[-1].model, rows[0].settings, _machines(rows), rows[-1].time, values))
+    where = (lambda row: row.machine) if kind.alone else (lambda row: None)
+    for same in _groups(rows, lambda row: [row.model["fingerprint"], row.settings, where(row)]):
+        latest = {(row.types, row.part): row for row in same}
+        for values, used in kind.summarize(latest):
+            time, parts = max(row.time for row in used), len({row.part for row in used})
+            machines = unique(row.machine for row in used)
+            found.append(Finding(kind, same[-1].model, same[0].settings, machines, time, values, parts))
     return sorted(found, key=lambda one: one.time)
 
 
-def of_quality(store: Store) -> list[QualityFinding]:
-    """What there is of quality, the oldest first. Types measured on other windows than the rest are apart."""
-    found = []
-    for rows in _groups(store, quality.KIND, by_machine=False):
-        latest = {(row.types, row.part): row for row in rows}
-        base = CacheTypes.parse(rows[0].settings["base"])
-        windows: dict[CacheTypes, set[int]] = {}
-        for types, part in latest:
-            windows.setdefault(types, set()).add(part)
-        others = [own for types, own in windows.items() if types != base] or list(windows.values())
-        for parts in {frozenset(own & windows.get(base, set())) for own in others} - {frozenset()}:
-            alike = [types for types, own in windows.items() if own & windows[base] == parts or types == base]
-            used = [latest[types, part] for types in alike for part in sorted(parts)]
-            scores = {
-                types: np.frombuffer(b"".join(latest[types, part].value for part in sorted(parts)), quality.SCORES)
-                for types in alike
-            }
-            results = quality.summarize(scores, base)
-            time = max(row.time for row in used)
-            found.append(QualityFinding(rows[-1].model, rows[0].settings, _machines(used), time, len(parts), results))
-    return sorted(found, key=lambda one: one.time)
+def merged(kind: type[Kind], found: Sequence[Finding]) -> list[Finding]:
+    """Findings that differ in the setting `kind.merged` alone, as one whose setting is the list of theirs."""
+    if not kind.merged:
+        return list(found)
+    joined = []
+    for same in alike(found, lambda one: {name: one.settings[name] for name in one.settings if name != kind.merged}):
+        values: dict[Any, list] = {}
+        for one in same:
+            for types, own in one.values.items():
+                values[types] = values.get(types, []) + own
+        setting = sorted(one.settings[kind.merged] for one in same)
+        machines = unique(machine for one in same for machine in one.machines)
+        settings = {**same[-1].settings, kind.merged: setting}
+        joined.append(replace(same[-1], settings=settings, machines=machines, values=values))
+    return joined
 
 
-def _groups(store: Store, kind: str, *, by_machine: bool) -> Iterator[list[Measurement]]:
-    groups: dict[str, list[Measurement]] = {}
-    for row in store.all(kind):
-        key = [row.model["fingerprint"], row.settings, row.machine if by_machine else None]
-        groups.setdefault(json.dumps(key), []).append(row)
+def alike(found: Iterable[Finding], what: Callable[[Finding], Any]) -> Iterator[list[Finding]]:
+    """Findings of the same model that agree in `what`."""
+    return _groups(found, lambda one: [one.model["fingerprint"], what(one)])
+
+
+def unique(facts: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The facts without repetitions."""
+    return list({_text(one): one for one in facts}.values())
+
+
+def _groups(things: Iterable[Any], key: Callable[[Any], Any]) -> Iterator[list[Any]]:
+    groups: dict[str, list[Any]] = {}
+    for thing in things:
+        groups.setdefault(_text(key(thing)), []).append(thing)
     yield from groups.values()
 
 
-def _machines(rows: list[Measurement]) -> list[Mapping[str, Any]]:
-    return list({json.dumps(row.machine): row.machine for row in rows}.values())
+def _text(facts: Any) -> str:
+    return json.dumps(facts, sort_keys=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -11,9 +10,9 @@ from typing import Any
 
 from ..core import units
 from ..errors import TurboquantError
-from ..llamacpp.cachetypes import CacheTypes, UnknownTypeError
+from ..llamacpp.cachetypes import F16, CacheTypes, UnknownTypeError
 from ..llamacpp.ggufile import Array, GGUFModel
-from ..llamacpp.modelmemory import F16, UBATCH, ModelMemory
+from ..llamacpp.modelmemory import UBATCH, ModelMemory
 
 DEFAULT_TYPES = ("f16", "q8_0", "q5_0", "q4_0", "turbo4", "turbo3", "turbo2")
 PREFIX = "turboquant."
@@ -168,18 +167,6 @@ def inspect(*, file: Path, types: Sequence[str] = DEFAULT_TYPES, memory: int | N
     except TurboquantError as error:
         report.error = str(error)
     return report
-
-
-def parse_size(text: str) -> int:
-    """Bytes of "8GiB", "500 MB", "1.5TiB" or "8589934592". Raises ValueError with a sentence."""
-    written = re.fullmatch(r"(\d+(?:\.\d+)?) *([a-z]*)", text.strip(), re.IGNORECASE | re.ASCII)
-    unit = written and {name.lower(): size for name, size in units.UNITS.items()}.get(written[2].lower() or "b")
-    if not unit or not float(written[1]):
-        raise ValueError(f"{text!r} is not a size of memory. Write it like 8GiB, 500MB or 8589934592.")
-    size = int(float(written[1]) * unit)
-    if not written[2] and size < units.UNITS["KiB"]:
-        raise ValueError(f"{text!r} would be bytes, in which nothing fits. Write it like 8GiB, 500MB or 8589934592.")
-    return size
 
 
 def as_json(report: Report) -> dict:

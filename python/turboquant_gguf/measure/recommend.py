@@ -17,7 +17,8 @@ from rich.console import Console
 
 from ..core.units import size_text
 from ..errors import TurboquantError
-from ..kinds import quality
+from ..kinds import Finding, quality
+from ..kinds.quality import Quality
 from ..llamacpp import provenance
 from ..llamacpp.cachetypes import CacheTypes
 from ..llamacpp.modelmemory import ModelMemory, Size
@@ -58,7 +59,7 @@ class Candidate:
 class Measured:
     """The measurements of the model that were used: all of one text, read in one way by one build.
 
-    base: what losses are counted from. context: tokens in a window. tokens: predicted ones, of the type that has most.
+    base: what losses are counted from. context: tokens in a chunk. tokens: predicted ones, of the type that has most.
     own_build: whether this build of turboquant-gguf made them. time: of the last, UTC, ISO 8601.
     """
 
@@ -180,11 +181,11 @@ def _measured(
     Of measurements that compare with each other, those of this build go first, then those of most of the types asked
     for, of most tokens, the latest. Among them, each type counts as measured over most tokens.
     """
-    groups: dict[str, list[findings.QualityFinding]] = {}
+    groups: dict[str, list[Finding]] = {}
     left_out: dict[str, None] = {}
     for path in paths:
         with Store(path, read_only=True) as store, store.reading():
-            for one in findings.of_quality(store):
+            for one in findings.of_kind(store, Quality):
                 if one.model["fingerprint"] != facts["fingerprint"]:
                     continue
                 if reason := _not_comparable(one.settings, context):
@@ -219,12 +220,11 @@ def _recent_window() -> int:
     return int(chosen) if chosen.isdecimal() else 0
 
 
-def _merged(same: Sequence[findings.QualityFinding]) -> tuple[dict[CacheTypes, float], Measured]:
+def _merged(same: Sequence[Finding]) -> tuple[dict[CacheTypes, float], Measured]:
     """Findings of the same settings as one."""
-    best: dict[CacheTypes, quality.Quality] = {}
+    best: dict[CacheTypes, quality.Loss] = {}
     for one in same:
-        for result in one.results:
-            pair = CacheTypes(result.type_k, result.type_v)
+        for pair, result in one.values.items():
             if pair not in best or result.tokens >= best[pair].tokens:
                 best[pair] = result
     settings = same[0].settings

@@ -1,6 +1,6 @@
-"""Where the cells of a sweep are measured: one after the other in processes of their own, or on a Dask cluster.
+"""Where the work of a sweep is done: one after the other in processes of their own, or on a Dask cluster.
 
-Either way a crash of llama.cpp ends the process of a cell, and neither the sweep nor what was measured before.
+Either way a crash of llama.cpp ends the process of a piece of work, and neither the sweep nor what was measured before.
 """
 
 from __future__ import annotations
@@ -11,33 +11,44 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
 from ..errors import TurboquantError
+from ..kinds import Failure, Kind
+from ..kinds.base import Row, Step
 from ..llamacpp import provenance
-from .cells import Cell, Failure, Row
 
-Found = tuple[Cell, Row | Failure, dict[str, Any]]
-"""A cell, something found in it, and the machine where it was found."""
+
+@dataclass(frozen=True)
+class Progress:
+    """What is being measured, and which share of the piece of work is done."""
+
+    text: str
+    share: float
+
+
+Found = tuple[Kind, Row | Failure | Progress, dict[str, Any]]
+"""A piece of work, what came of it, and the machine where that was."""
 
 _GRACE_SECONDS = 10
 
 
-def here(cells: Sequence[Cell]) -> Iterator[Found]:
-    """Measure the cells one after the other. What is found comes as soon as it is."""
+def here(work: Sequence[Kind]) -> Iterator[Found]:
+    """Do the work, one piece after the other. What is found comes as soon as it is."""
     spawn = multiprocessing.get_context("spawn")
-    for cell in cells:
+    for one in work:
         ours, theirs = spawn.Pipe(duplex=False)
-        process = spawn.Process(target=_send, args=(cell, theirs))
+        process = spawn.Process(target=_send, args=(one, theirs))
         process.start()
         theirs.close()
         try:
             while found := ours.recv():
-                yield cell, found, provenance.machine()
+                yield one, found, provenance.machine()
         except EOFError:
             process.join()
-            yield cell, _died(cell, process.exitcode), provenance.machine()
+            yield one, _died(one, process.exitcode), provenance.machine()
         finally:
             process.terminate()
             process.join(_GRACE_SECONDS)
@@ -45,12 +56,12 @@ def here(cells: Sequence[Cell]) -> Iterator[Found]:
             ours.close()
 
 
-def _send(cell: Cell, pipe: Connection) -> None:
+def _send(one: Kind, pipe: Connection) -> None:
     """The work of a process: sends what is found, and None at the end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the sweep, which then ends us
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # stops llama-server on the way out
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    for found in _measured(cell):
+    for found in _measured(one, lambda text, share: pipe.send(Progress(text, share))):
         pipe.send(found)
     pipe.send(None)
 
@@ -61,26 +72,26 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _measured(cell: Cell) -> Iterator[Row | Failure]:
+def _measured(one: Kind, step: Step) -> Iterator[Row | Failure]:
     try:
-        cell.require_model()
-        yield from cell.measure()
+        one.require_model()
+        yield from one.measure(step)
     except TurboquantError as error:
-        yield Failure(cell.name, str(error), error.details)
+        yield Failure(one.label, str(error), error.details, error.exit_code)
     except OSError as error:
-        yield Failure(cell.name, f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+        yield Failure(one.label, f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
 
 
-def _died(cell: Cell, code: int | None) -> Failure:
+def _died(one: Kind, code: int | None) -> Failure:
     if code is not None and code < 0:
         how = f"was ended by {signal.Signals(-code).name}"
     else:
         how = f"ended with exit code {code}"
-    return Failure(cell.name, f"The process that measured it {how}, maybe for want of memory.")
+    return Failure(one.label, f"The process that measured it {how}, maybe for want of memory.")
 
 
-def on_cluster(address: str, cells: Sequence[Cell]) -> Iterator[Found]:
-    """Measure the cells on the workers of a Dask scheduler, such as tcp://10.0.0.1:8786, in whatever order they end.
+def on_cluster(address: str, work: Sequence[Kind]) -> Iterator[Found]:
+    """Do the work on the workers of a Dask scheduler, such as tcp://10.0.0.1:8786, in whatever order they end.
 
     Workers need this package, and the model under the same path. Raises TurboquantError if there is no scheduler.
     """
@@ -97,22 +108,22 @@ def on_cluster(address: str, cells: Sequence[Cell]) -> Iterator[Found]:
             str(error),
         ) from error
     with client:
-        # Dask gives the cell of a worker that died to another one, and gives up after a few.
-        futures = {client.submit(_found, cell, provenance.switches(), pure=False): cell for cell in cells}
+        # Dask gives the work of a worker that died to another one, and gives up after a few.
+        futures = {client.submit(_found, one, provenance.switches(), pure=False): one for one in work}
         try:
             for future in as_completed(futures):
-                cell = futures[future]
+                one = futures[future]
                 if future.status == "finished":
                     found, machine = future.result()
-                    yield from ((cell, one, machine) for one in found)
+                    yield from ((one, one, machine) for one in found)
                 else:
                     error = future.exception()
-                    yield cell, Failure(cell.name, f"The cluster could not measure it: {error}"), provenance.machine()
+                    yield one, Failure(one.label, f"The cluster could not measure it: {error}"), provenance.machine()
         finally:
             client.cancel(list(futures))
 
 
-def _found(cell: Cell, switches: dict[str, str]) -> tuple[list[Row | Failure], dict[str, Any]]:
+def _found(one: Kind, switches: dict[str, str]) -> tuple[list[Row | Failure], dict[str, Any]]:
     """The work of a Dask worker. switches: of the environment where the sweep was started."""
     provenance.switch(switches)
-    return list(_measured(cell)), provenance.machine()
+    return list(_measured(one, lambda *_: None)), provenance.machine()

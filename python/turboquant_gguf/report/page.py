@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ..core import outputfile, progress
+from ..core.tables import share
 from ..errors import TurboquantError
 from ..measure.store import Store
 from . import contents, csv, plots, tables
@@ -90,7 +91,7 @@ def _html(sections: Sequence[Section], path: Path) -> None:
         parts=lambda section: tables.parts(section, machines),
         figures=_figures,
         left_out=tables.left_out,
-        share_text=tables.share_text,
+        share_text=share,
         provenance=tables.provenance(sections),
     )
     path.write_text(page, "utf-8")
@@ -98,7 +99,9 @@ def _html(sections: Sequence[Section], path: Path) -> None:
 
 def _figures(part: tables.Part) -> Iterator[dict[str, str]]:
     """The figures of a part as data URIs, for a light and for a dark page."""
-    for panel in plots.panels(part.kind, part.finding):
+    if part.maps:  # which are tables here
+        return
+    for panel in part.finding.kind.panels(part.finding):
         images = {
             name: f"data:image/svg+xml;base64,{base64.b64encode(plots.svg(panel, theme)).decode()}"
             for name, theme in (("light", plots.LIGHT), ("dark", plots.DARK))

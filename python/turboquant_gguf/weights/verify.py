@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from ..core import progress, texts
+from ..core.divergence import divergence
 from ..errors import TurboquantError
 from ..llamacpp.cachetypes import CacheTypes
 from ..llamacpp.ggufile import GGUFModel
@@ -118,7 +119,7 @@ def compare(a: NDArray[np.float32], b: NDArray[np.float32]) -> Comparison:
         raise ValueError(f"logits of {a.shape[0]} and of {b.shape[0]} tokens")
     vocabulary = min(a.shape[1], b.shape[1])
     a, b = a[:, :vocabulary], b[:, :vocabulary]
-    kl = np.array([_kl(*rows) for rows in zip(a, b, strict=True)])
+    kl = np.concatenate([divergence(*(rows[None].astype(np.float64) for rows in pair)) for pair in zip(a, b, strict=True)])
     return Comparison(
         tokens=len(a),
         difference=float(np.abs(b - a).max()),
@@ -127,16 +128,6 @@ def compare(a: NDArray[np.float32], b: NDArray[np.float32]) -> Comparison:
         kl_max=float(kl.max()),
         top1=float((a.argmax(-1) == b.argmax(-1)).mean()),
     )
-
-
-def _kl(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
-    log_p, log_q = _log_softmax(a), _log_softmax(b)
-    return float(np.exp(log_p) @ (log_p - log_q))
-
-
-def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    shifted = logits.astype(np.float64) - logits.max()
-    return shifted - np.log(np.exp(shifted).sum())
 
 
 def run_gguf(

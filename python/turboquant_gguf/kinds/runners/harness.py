@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import TurboquantError
+from ...errors import TurboquantError
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -44,16 +44,8 @@ class Tasks:
     """
 
     def __init__(self, wanted: Sequence[str], folder: Path | None = None) -> None:
-        _require_lm_eval()
+        manager = check(wanted, folder)
         with _captured_log():
-            manager = _manager(wanted, folder)
-            for name in wanted:
-                _require_known(name, manager)
-            # Before any data is fetched, which may be gigabytes.
-            for name, config in _configs(manager, wanted):
-                _require_generation(name, config.get("output_type", "generate_until"))
-                if config.get("unsafe_code"):
-                    raise TurboquantError(f"The task {name} runs code that the model writes. Use lm-eval in a sandbox.")
             self._loaded = _load(manager, wanted)
         for name, task in self._loaded["tasks"].items():
             _require_generation(name, task.OUTPUT_TYPE)  # of tasks written in Python, which no YAML says
@@ -82,7 +74,7 @@ class Tasks:
     ) -> EvalResults:
         """Put all documents to the llama-server at `url`, greedily, and return what lm-eval makes of the answers.
 
-        chat: as messages in the model's chat template, otherwise as plain text. The rest as in `evaluation.evaluate`.
+        chat: as messages in the model's chat template, otherwise as plain text. The rest as in `kinds.tasks.Tasks`.
         on_answer: called after each answer. Raises ConnectionError if the server does not answer, TurboquantError
         if it refuses.
         """
@@ -113,6 +105,20 @@ class Tasks:
                 raise TurboquantError(f"llama-server refused a prompt: {_reason(log) or error}") from error
             except (requests.RequestException, aiohttp.ClientError, TimeoutError) as error:
                 raise ConnectionError(str(error)) from error
+
+
+def check(wanted: Sequence[str], folder: Path | None = None) -> TaskManager:
+    """Look for tasks without loading their documents, which may be gigabytes. Raises what `Tasks` does."""
+    _require_lm_eval()
+    with _captured_log():
+        manager = _manager(wanted, folder)
+        for name in wanted:
+            _require_known(name, manager)
+        for name, config in _configs(manager, wanted):
+            _require_generation(name, config.get("output_type", "generate_until"))
+            if config.get("unsafe_code"):
+                raise TurboquantError(f"The task {name} runs code that the model writes. Use lm-eval in a sandbox.")
+        return manager
 
 
 def _require_lm_eval() -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from ..errors import TurboquantError
+from ...errors import TurboquantError
 
 FULL = 0.97
 """What share of its length a prompt is filled to, if any sentence fits."""
