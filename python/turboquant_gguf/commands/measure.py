@@ -95,7 +95,7 @@ def command(kind: type[Kind]) -> click.Command:
             click.echo(json.dumps({"kind": kind.name, **outcome.as_json(), "findings": found}, indent=2))
         if plot_file and outcome.findings:
             plots.write(_sections(kind, outcome), plot_file, plot_file.suffix[1:].lower())
-        end(click_context, outcome, console)
+        end(click_context, outcome, Console(stderr=True))
 
     made = click.Command(
         kind.command,

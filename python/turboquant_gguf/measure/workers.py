@@ -63,6 +63,7 @@ def _send(one: Kind, pipe: Connection) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     for found in _measured(one, lambda text, share: pipe.send(Progress(text, share))):
         pipe.send(found)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # there is nothing left to stop, and Python may be ending
     pipe.send(None)
 
 
