@@ -116,7 +116,7 @@ def on_cluster(address: str, work: Sequence[Kind]) -> Iterator[Found]:
                 one = futures[future]
                 if future.status == "finished":
                     found, machine = future.result()
-                    yield from ((one, one, machine) for one in found)
+                    yield from ((one, row, machine) for row in found)
                 else:
                     error = future.exception()
                     yield one, Failure(one.label, f"The cluster could not measure it: {error}"), provenance.machine()
