@@ -13,11 +13,11 @@ from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from turboquant_gguf import converter
-from turboquant_gguf.calibration import KEY
-from turboquant_gguf.convert import convert
-from turboquant_gguf.ggufile import rewrite
-from turboquant_gguf.modelmemory import ModelMemory
+from turboquant_gguf.llamacpp.ggufile import rewrite
+from turboquant_gguf.llamacpp.modelmemory import ModelMemory
+from turboquant_gguf.weights import converter
+from turboquant_gguf.weights.calibration import KEY
+from turboquant_gguf.weights.convert import convert
 
 VOCABULARY = 288
 LAYERS, HEADS, KV_HEADS, HEAD_SIZE = 2, 4, 2, 32

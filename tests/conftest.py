@@ -11,9 +11,10 @@ import pytest
 from hypothesis import settings
 from rich.console import Console
 
-from turboquant_gguf import converter, models
-from turboquant_gguf.calibration import calibrate
-from turboquant_gguf.convert import convert
+from turboquant_gguf.llamacpp import models
+from turboquant_gguf.weights import converter
+from turboquant_gguf.weights.calibration import calibrate
+from turboquant_gguf.weights.convert import convert
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "ggml_turbo" / "graft"))  # the scripts of the build, which the wheel does not hold

@@ -5,9 +5,9 @@ import os
 import sys
 from pathlib import Path
 
-from turboquant_gguf import ggml
-from turboquant_gguf.cachetypes import CacheTypes
-from turboquant_gguf.logits import Model
+from turboquant_gguf.llamacpp import ggml
+from turboquant_gguf.llamacpp.cachetypes import CacheTypes
+from turboquant_gguf.llamacpp.logits import Model
 
 with Model(Path(sys.argv[1])) as model:
     llama = model.bindings

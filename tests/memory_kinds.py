@@ -14,8 +14,8 @@ import gguf
 import numpy as np
 
 from tiny_model import VOCABULARY
-from turboquant_gguf import ggml, native
-from turboquant_gguf.logits import Model
+from turboquant_gguf.llamacpp import ggml, native
+from turboquant_gguf.llamacpp.logits import Model
 
 HEAD_SIZE = 64
 WINDOW = 40

@@ -26,9 +26,9 @@ import numpy as np
 import turboquant_gguf
 from memory_kinds import KINDS, UNFIT, VOCABULARY, Kind
 from sequences import RefusedError, Sequences
-from turboquant_gguf.cachetypes import CacheTypes
-from turboquant_gguf.logits import Model
-from turboquant_gguf.verify import compare
+from turboquant_gguf.llamacpp.cachetypes import CacheTypes
+from turboquant_gguf.llamacpp.logits import Model
+from turboquant_gguf.weights.verify import compare
 
 TEXT = [int(token) for token in np.random.default_rng(1).integers(3, len(VOCABULARY) - 1, 400)]
 F16, STOCK = CacheTypes("f16", "f16"), CacheTypes("q4_0", "q4_0")

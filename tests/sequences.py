@@ -9,10 +9,9 @@ import gguf
 import numpy as np
 import pytest
 
-from turboquant_gguf import ggml, recentwindow
-from turboquant_gguf.cachetypes import CacheTypes
-from turboquant_gguf.logits import EXACT, Model
-
+from turboquant_gguf.llamacpp import ggml, recentwindow
+from turboquant_gguf.llamacpp.cachetypes import CacheTypes
+from turboquant_gguf.llamacpp.logits import EXACT, Model
 
 Entry = tuple[int, int, int | list[int]]
 """A token, its position, and its sequence or sequences."""

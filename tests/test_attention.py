@@ -14,8 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import instruction_sets
-from turboquant_gguf import attention_numpy, codec_numpy, ggml
-from turboquant_gguf.attention import Attention, Problem, Window
+from turboquant_gguf.codec import attention_numpy, codec_numpy
+from turboquant_gguf.codec.attention import Attention, Problem, Window
+from turboquant_gguf.llamacpp import ggml
 
 ROOT = Path(__file__).parent.parent
 TURBO = ("turbo2", "turbo3", "turbo4")

@@ -20,13 +20,13 @@ import checkpoints
 from checkpoints import random_calibration
 from sequences import Sequences
 from turboquant_gguf import cli
-from turboquant_gguf.cachetypes import CacheTypes
-from turboquant_gguf.calibration import KEY, Calibration, Layer, Moments, _readings, calibrate
-from turboquant_gguf.convert import convert
 from turboquant_gguf.errors import TurboquantError
-from turboquant_gguf.ggufile import GGUFFile
-from turboquant_gguf.logits import Context, Model
-from turboquant_gguf.verify import EXACT, compare, run_gguf
+from turboquant_gguf.llamacpp.cachetypes import CacheTypes
+from turboquant_gguf.llamacpp.ggufile import GGUFFile
+from turboquant_gguf.llamacpp.logits import Context, Model
+from turboquant_gguf.weights.calibration import KEY, Calibration, Layer, Moments, _readings, calibrate
+from turboquant_gguf.weights.convert import convert
+from turboquant_gguf.weights.verify import EXACT, compare, run_gguf
 
 PROMPT = list(range(1000, 1200))
 

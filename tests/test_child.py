@@ -9,9 +9,9 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-import tiny_model
 
-from turboquant_gguf import child
+import tiny_model
+from turboquant_gguf.core import child
 
 in_proc = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds processes in /proc")
 
@@ -83,7 +83,7 @@ def test_a_child_and_its_children_end_with_the_block(monkeypatch):
 def test_a_child_ends_with_its_parent(number, thread):
     """Even if it ignores what it may, and was started by a thread that has ended since."""
     code = (
-        "import threading, time; from turboquant_gguf import child\n"
+        "import threading, time; from turboquant_gguf.core import child\n"
         "running = child.running(['sh', '-c', 'trap \"\" TERM HUP INT; sleep 1000 & wait'])\n"
         "thread = threading.Thread(target=running.__enter__)\n"
         f"{'thread.start(); thread.join()' if thread else 'running.__enter__()'}; time.sleep(1000)"
@@ -123,7 +123,7 @@ def test_kill_leaves_no_program_of_llama_cpp(tmp_path, command):
     with log.open("w") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "turboquant_gguf.cli", *map(str, arguments)],
-            stdout=output, stderr=output, cwd=tmp_path, env={**os.environ, "TMPDIR": str(tmp_path)},
+            stdout=output, stderr=output, cwd=tmp_path, env={**os.environ, "TMPDIR": str(tmp_path), "TURBOQUANT_CACHE_DIR": str(tmp_path)},
         )  # fmt: skip
     tools = {"llama-server", "llama-bench"}
     found: dict[int, str] = {}

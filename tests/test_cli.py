@@ -11,10 +11,10 @@ import time
 import pytest
 from rich.console import Console
 
-from sequences import window_slots
 import turboquant_gguf
+from sequences import window_slots
 from turboquant_gguf import cli
-from turboquant_gguf.demo import Measurement, table
+from turboquant_gguf.measure.demo import Measurement, table
 
 COMMAND = (sys.executable, "-m", "turboquant_gguf.cli")
 NARROW = {"COLUMNS": "80", "NO_COLOR": "1"}

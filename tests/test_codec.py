@@ -11,7 +11,8 @@ import pytest
 
 import instruction_sets
 import turboquant_gguf
-from turboquant_gguf import codec_numpy, converter
+from turboquant_gguf.codec import codec_numpy
+from turboquant_gguf.weights import converter
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "ggml_turbo"

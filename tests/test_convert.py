@@ -19,11 +19,12 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 import checkpoints
-from turboquant_gguf import cli, converter, value_rotation
-from turboquant_gguf.convert import Conversion, convert
+from turboquant_gguf import cli
 from turboquant_gguf.errors import TurboquantError
-from turboquant_gguf.logits import Model
-from turboquant_gguf.verify import EXACT, Comparison, compare, run_checkpoint, run_gguf
+from turboquant_gguf.llamacpp.logits import Model
+from turboquant_gguf.weights import converter, value_rotation
+from turboquant_gguf.weights.convert import Conversion, convert
+from turboquant_gguf.weights.verify import EXACT, Comparison, compare, run_checkpoint, run_gguf
 
 PROMPT = [int(token) for token in np.random.default_rng(0).integers(7, 260, 40)]  # longer than the sliding windows
 
@@ -382,7 +383,7 @@ def test_disk_that_fills_up(llama, tmp_path):
     script = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))\n"
         "from pathlib import Path; from rich.console import Console\n"
-        "import checkpoints; from turboquant_gguf.convert import convert\n"
+        "import checkpoints; from turboquant_gguf.weights.convert import convert\n"
         "with checkpoints.any_pre_tokenizer():\n"
         "    convert(Path(sys.argv[1]), Path(sys.argv[2]), outtype='f32', console=Console())\n"
     )

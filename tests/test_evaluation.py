@@ -10,16 +10,21 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-import tiny_model
 from rich.console import Console
 
-from turboquant_gguf import evaluation, harness, server
-from turboquant_gguf.cachetypes import CacheTypes, UnknownTypeError
+import tiny_model
+from turboquant_gguf.core import tables
 from turboquant_gguf.errors import TurboquantError
-from turboquant_gguf.evaluation import Difference, Score
+from turboquant_gguf.kinds import Finding, tasks
+from turboquant_gguf.kinds.runners import harness
+from turboquant_gguf.kinds.tasks import Difference, Score, Tasks
+from turboquant_gguf.llamacpp import server
+from turboquant_gguf.llamacpp.cachetypes import CacheTypes, UnknownTypeError
+from turboquant_gguf.measure import sweep
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed (pip install 'turboquant-gguf[eval]')")
 
@@ -43,9 +48,18 @@ def run(*arguments: str | Path, **environment: str) -> subprocess.CompletedProce
     )
 
 
-def measure(model: Path, **options) -> evaluation.Report:
+def measure(model: Path, folder: Path, **options) -> Finding:
     least = {"tasks": [TASK], "task_folder": FOLDER, "types": [], "limit": 2, "context": 512}
-    return evaluation.evaluate(model=model, console=Console(quiet=True), **least | options)
+    how = {"results": folder / "r.sqlite", "console": Console(quiet=True)}
+    outcome = sweep.measure("task", model, **how, **least | options)
+    if outcome.failures:
+        raise TurboquantError(outcome.failures[0].message)
+    (finding,) = outcome.findings
+    return finding
+
+
+def results(output: str) -> list[dict]:
+    return json.loads(output)["findings"][0]["results"]
 
 
 def lines_of(path: Path) -> list[dict]:
@@ -67,18 +81,16 @@ def task_file(folder: Path, name: str, **settings: object) -> None:
 def test_scores_of_a_real_model(smollm2, tmp_path):
     samples = tmp_path / "samples.jsonl"
     done = run(
-        smollm2, *LOCAL, "--types", "turbo4", "--completions", "--context", "512", "--samples", samples, "--json"
-    )
+        smollm2, *LOCAL, "--types", "turbo4", "--completions", "--context", "512", "--samples", samples, "--json",
+        "-o", tmp_path / "r.sqlite"
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    report = json.loads(done.stdout)
-    assert report["settings"]["tasks"] == [TASK]
-    assert report["num_fewshot"] == {TASK: 2}
-    assert report["versions"]["lm_eval"]
-    assert [(s["type"], s["filter"], s["documents"]) for s in report["scores"]] == [
-        (name, filtered, DOCUMENTS) for name in ("f16", "turbo4") for filtered in ("strict", "flexible")
+    assert json.loads(done.stdout)["findings"][0]["settings"]["task"] == [TASK]
+    scores = results(done.stdout)
+    assert sorted((s["type"], s["filter"], s["documents"]) for s in scores) == [
+        (name, filtered, DOCUMENTS) for name in ("f16", "turbo4") for filtered in ("flexible", "strict")
     ]
-    base, turbo = (score for score in report["scores"] if score["filter"] == "flexible")
+    base, turbo = (score for score in scores if score["filter"] == "flexible")
     assert base["value"] > 0.3 and turbo["value"] > 0.3
     assert base["difference"] is None
 
@@ -95,18 +107,18 @@ def test_scores_of_a_real_model(smollm2, tmp_path):
 
 def test_chat_template_of_the_model_is_used(smollm2, tmp_path):
     samples = tmp_path / "samples.jsonl"
-    report = measure(smollm2, limit=1, num_fewshot=1, samples=samples)
-    assert report.settings["chat"] is True
+    found = measure(smollm2, tmp_path, limit=1, num_fewshot=1, samples=samples)
+    assert found.settings["chat"] is True
     [[messages], _] = lines_of(samples)[0]["arguments"][0]
     assert [message["role"] for message in json.loads(messages)] == ["user", "assistant", "user"]
 
 
 def test_every_type_gets_the_same_prompts_and_f16_comes_first(tiny, tmp_path):
     samples = tmp_path / "samples.jsonl"
-    report = measure(tiny, types=["turbo4:turbo3", "f16"], limit=3, num_fewshot=1, max_tokens=5, samples=samples)
-    assert report.settings["types"] == ["f16", "turbo4:turbo3"]
-    assert report.settings["chat"] is False
-    assert report.num_fewshot == {TASK: 1}
+    how = {"limit": 3, "num_fewshot": 1, "max_tokens": 5, "samples": samples}
+    found = measure(tiny, tmp_path, types=["turbo4:turbo3", "f16"], **how)
+    assert list(map(str, found.values)) == ["f16", "turbo4:turbo3"]
+    assert (found.settings["chat"], found.settings["num_fewshot"]) == (False, 1)
     arguments: dict[str, list] = {"f16": [], "turbo4:turbo3": []}
     for line in lines_of(samples):
         arguments[line["type"]].append(line["arguments"])
@@ -118,24 +130,23 @@ def test_every_type_gets_the_same_prompts_and_f16_comes_first(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("parallel", [1, 2])
-def test_proxy_of_the_environment_is_not_asked(tiny, monkeypatch, parallel):
+def test_proxy_of_the_environment_is_not_asked(tiny, tmp_path, monkeypatch, parallel):
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     monkeypatch.setenv("no_proxy", "example.org")
-    report = measure(tiny, parallel=parallel)
-    assert {score.documents for score in report.scores} == {2}
+    found = measure(tiny, tmp_path, parallel=parallel)
+    assert {score["documents"] for scores in found.values.values() for score in scores} == {2}
     assert os.environ["no_proxy"] == "example.org" and "NO_PROXY" not in os.environ
 
 
 def test_a_type_that_fails_does_not_stop_the_others(tmp_path):
     model = tiny_model.write(tmp_path / "odd.gguf", head_size=80)
-    done = run(model, *LOCAL, "--types", "turbo4,bf16", "--limit", "2", "--context", "512", "--json")
+    done = run(model, *LOCAL, "--types", "turbo4,bf16", "--limit", "2", "--context", "512", "--json",
+               "-o", tmp_path / "r.sqlite")  # fmt: skip
     assert done.returncode == 1
-    report = json.loads(done.stdout)
-    (failure,) = report["failures"]
-    assert failure["type"] == "turbo4"
+    (failure,) = json.loads(done.stdout)["failures"]
+    assert failure["what"] == "odd.gguf, turbo4"
     assert "heads hold 80 values" in failure["message"]
-    assert {score["type"] for score in report["scores"]} == {"f16", "bf16"}
-    assert "Error: turbo4: llama-server stopped with exit code 1." in sentences(done.stderr)
+    assert {score["type"] for score in results(done.stdout)} == {"f16", "bf16"}
 
 
 @pytest.mark.parametrize("parallel", [1, 2])
@@ -144,17 +155,17 @@ def test_prompt_longer_than_the_context(tiny, tmp_path, parallel, capfd):
     with (folder / f"{TASK}.yaml").open("a") as file:
         file.write(f"description: {'long ' * 200}\n")  # a token a byte
     with pytest.raises(TurboquantError, match=r"llama-server refused a prompt: .*exceeds the available context"):
-        measure(tiny, task_folder=folder, parallel=parallel, limit=None)
+        measure(tiny, tmp_path, task_folder=folder, parallel=parallel, limit=None)
     gc.collect()
     assert "Traceback" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("parallel", [1, 2])
 def test_server_that_dies_over_a_document(tiny, parallel):
-    tasks = harness.Tasks([TASK], FOLDER)
+    loaded = harness.Tasks([TASK], FOLDER)
     with server.running(tiny, CacheTypes("f16", "f16"), context=1024) as running:
         with pytest.raises(ConnectionError):
-            tasks.run(
+            loaded.run(
                 running.url,
                 chat=False,
                 parallel=parallel,
@@ -166,7 +177,8 @@ def test_server_that_dies_over_a_document(tiny, parallel):
 def test_ctrl_c_keeps_the_types_that_are_finished(tiny, tmp_path):
     samples = tmp_path / "samples.jsonl"
     process = subprocess.Popen(
-        [*COMMAND, tiny, *LOCAL, "--types", "turbo4,turbo3", "--context", "512", "--samples", samples],
+        [*COMMAND, tiny, *LOCAL, "--types", "turbo4,turbo3", "--context", "512", "--samples", samples,
+         "-o", tmp_path / "r.sqlite"],
         env=ENVIRONMENT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -178,7 +190,7 @@ def test_ctrl_c_keeps_the_types_that_are_finished(tiny, tmp_path):
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate()
     assert process.returncode == 130
-    assert errors == "Interrupted.\n"
+    assert "Interrupted." in errors and "Traceback" not in errors
     assert "f16" in output and "turbo3" not in output
     running = subprocess.run(["ps", "-A", "-ww", "-o", "args"], capture_output=True, text=True, check=True).stdout
     assert str(tiny) not in running
@@ -234,9 +246,9 @@ def test_task_without_documents(tmp_path):
         harness.Tasks(["mine"], tmp_path)
 
 
-def test_unknown_type(tiny):
+def test_unknown_type(tiny, tmp_path):
     with pytest.raises(UnknownTypeError, match="did you mean turbo4"):
-        measure(tiny, types=["trubo4"])
+        measure(tiny, tmp_path, types=["trubo4"])
 
 
 @pytest.mark.parametrize(
@@ -259,10 +271,10 @@ def test_errors_are_sentences(tiny, arguments, code, sentence):
     assert failed.stdout == ""
 
 
-def test_without_lm_eval(tiny, monkeypatch):
+def test_without_lm_eval(tiny, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(TurboquantError, match=r"pip install 'turboquant-gguf\[eval\]'"):
-        measure(tiny)
+        measure(tiny, tmp_path)
 
 
 # --- statistics and print ---
@@ -281,7 +293,7 @@ def test_without_lm_eval(tiny, monkeypatch):
     ],
 )
 def test_paired_differences(values, base, expected):
-    found = evaluation.paired(values, base)
+    found = tasks.paired(values, base)
     assert found.value == pytest.approx(expected.value)
     assert found.stderr == (expected.stderr and pytest.approx(expected.stderr))
     assert found.within_noise is expected.within_noise
@@ -298,14 +310,14 @@ def results_of(score: float, documents: dict[int, object]) -> dict:
 
 def test_documents_are_paired_by_their_number():
     base, ours = results_of(0.75, {0: 1, 1: 1, 2: 1, 3: 0}), results_of(0.5, {3: 0, 1: 1, 2: 1, 0: 0})
-    (score,) = evaluation._scores("turbo4", ours, base)
+    (score,) = tasks.scores("turbo4", ours, base)
     assert (score.value, score.stderr) == (0.5, None)
     assert score.difference == Difference(-0.25, 0.25, True)
 
 
 @pytest.mark.parametrize("documents", [{0: 1, 1: 1}, {0: (1, 1), 1: (0, 1)}, {}])
 def test_score_that_is_no_mean_has_a_difference_without_error(documents):
-    (score,) = evaluation._scores("turbo4", results_of(0.5, documents), results_of(0.75, documents))
+    (score,) = tasks.scores("turbo4", results_of(0.5, documents), results_of(0.75, documents))
     assert score.difference == Difference(-0.25, None, None)
 
 
@@ -322,12 +334,15 @@ def test_tables_fit_80_columns():
         )
     ]
     for expected, part in zip(("worse", "better", "different"), (scores[:4], scores[4:8], scores[8:]), strict=True):
-        types = [score.type for score in part]
+        values = {CacheTypes.parse(score.type): [asdict(score)] for score in part}
+        finding = Finding(Tasks, {}, {"limit": None}, [], "2026-01-01", values, 1)
         console = Console(width=80)
         with console.capture() as captured:
-            console.print(evaluation.tables(evaluation.Report({"types": types}, {}, {}, scores=part)))
+            for one in tables.grids(Tasks.table(finding)):
+                console.print(one)
         lines = captured.get().splitlines()
         assert max(map(len, lines)) <= 80
-        assert lines[-3].split() == ["turbo4", "100.1234", "1.5000", "-12.3456", "1.5000", expected]
-        assert lines[-2].endswith("within noise".ljust(len(lines[-2]) - lines[-2].index("within")))
-        assert lines[-1].split() == ["turbo4:turbo3", "100.1234", "1.5000", "+12.3456", "-"]
+        row = {line.split()[0]: line.split() for line in lines if line.strip()}
+        assert row["turbo4"][2:] == ["100.1±1.5", "-12.3±1.5", expected]
+        assert row["q8_0:turbo3"][-2:] == ["within", "noise"]
+        assert row["turbo4:turbo3"][2:] == ["100.1±1.5", "+12.35", "–"]

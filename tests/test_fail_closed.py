@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import checkpoints
-from turboquant_gguf import ggml
+from turboquant_gguf.llamacpp import ggml
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="LD_PRELOAD puts functions before libllama's")
 
@@ -20,10 +20,10 @@ SCRIPT = """
 import sys
 from pathlib import Path
 import numpy as np
-from turboquant_gguf.cachetypes import CacheTypes
+from turboquant_gguf.llamacpp.cachetypes import CacheTypes
 from turboquant_gguf.errors import TurboquantError
-from turboquant_gguf.logits import Model
-from turboquant_gguf.recentwindow import RecentWindow
+from turboquant_gguf.llamacpp.logits import Model
+from turboquant_gguf.llamacpp.recentwindow import RecentWindow
 path, output, window = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 with Model(path) as model:
     try:
@@ -104,7 +104,7 @@ CALIBRATE = """
 import sys
 from pathlib import Path
 from rich.console import Console
-from turboquant_gguf.calibration import calibrate
+from turboquant_gguf.weights.calibration import calibrate
 from turboquant_gguf.errors import TurboquantError
 output = Path(sys.argv[1]).with_name("out.gguf")
 try:

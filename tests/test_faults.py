@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny_model
 from click.testing import CliRunner
 
+import tiny_model
 from turboquant_gguf import cli
 from turboquant_gguf.errors import TurboquantError
 
@@ -82,7 +82,7 @@ def test_terminals_that_lack_characters(llama, tmp_path, encoding, command):
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 40)
     options = {
-        "ppl": ["--text", text, "--context", "32", "--windows", "1", "--types", "f16,q8_0"],
+        "ppl": ["--text", text, "--context", "32", "--chunks", "1", "--types", "f16,q8_0"],
         "calibrate": ["-o", tmp_path / "größer.gguf"],
         "inspect": ["--memory", "1GiB"],
         "recommend": ["--memory", "1GiB", "--context", "512"],

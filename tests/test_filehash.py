@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_architectures
 from rich.console import Console
 
-from turboquant_gguf import filehash, progress, provenance
+import tiny_architectures
+from turboquant_gguf.core import filehash, progress
+from turboquant_gguf.llamacpp import provenance
 
 QUIET = Console(quiet=True)
 

@@ -10,14 +10,16 @@ from pathlib import Path
 
 import gguf
 import pytest
-import tiny_architectures
-from sequences import window_slots
 from rich.console import Console
 
-from turboquant_gguf import cachefacts, ggufile, inspection, inspectiontables, native, server
-from turboquant_gguf.cachetypes import CacheTypes, UnknownTypeError
+import tiny_architectures
+from sequences import window_slots
+from turboquant_gguf.core import units
 from turboquant_gguf.errors import TurboquantError
-from turboquant_gguf.modelmemory import F16, MOST_TOKENS, STEP, ModelMemory, RefusedError
+from turboquant_gguf.llamacpp import cachefacts, ggufile, native, server
+from turboquant_gguf.llamacpp.cachetypes import CacheTypes, UnknownTypeError
+from turboquant_gguf.llamacpp.modelmemory import F16, MOST_TOKENS, STEP, ModelMemory, RefusedError
+from turboquant_gguf.measure import inspection, inspectiontables
 
 COMMAND = (sys.executable, "-m", "turboquant_gguf.cli", "inspect")
 MIB, GIB = 1 << 20, 1 << 30
@@ -396,10 +398,10 @@ def test_models_that_llama_cpp_does_not_load(tmp_path):
 )  # fmt: skip
 def test_sizes_of_memory(text, size):
     if size is not None:
-        assert inspection.parse_size(text) == size
+        assert units.parse_size(text) == size
     else:
         with pytest.raises(ValueError, match="Write it like 8GiB"):
-            inspection.parse_size(text)
+            units.parse_size(text)
 
 
 def test_types_are_single(smollm2):

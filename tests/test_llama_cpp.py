@@ -10,11 +10,11 @@ from pathlib import Path
 
 import httpx
 import pytest
-import tiny_model
 
+import tiny_model
 import turboquant_gguf
-from turboquant_gguf import native, server
-from turboquant_gguf.cachetypes import CacheTypes
+from turboquant_gguf.llamacpp import native, server
+from turboquant_gguf.llamacpp.cachetypes import CacheTypes
 
 ROOT = Path(__file__).parent.parent
 TYPES = [kind.name for kind in turboquant_gguf.types()]

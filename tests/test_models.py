@@ -16,8 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from turboquant_gguf import models
+from turboquant_gguf.core import folders
 from turboquant_gguf.errors import TurboquantError
+from turboquant_gguf.llamacpp import models
 
 GGUF = b"GGUF" + bytes(range(256)) * 4096
 INFO = "tiny_model-1.0.dist-info/"
@@ -133,7 +134,7 @@ def test_interrupt_leaves_nothing(model, index, tmp_path):
     script = f"""
 import sys, pathlib
 sys.path[:0] = {sys.path!r}
-from turboquant_gguf import models
+from turboquant_gguf.llamacpp import models
 try:
     models.fetch(models.{model!r}, cache_dir=pathlib.Path({str(tmp_path)!r}))
 except KeyboardInterrupt:
@@ -169,9 +170,9 @@ def test_unknown_name_is_met_with_the_nearest():
 def test_cache_folder(monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "/x")
     monkeypatch.delenv("TURBOQUANT_CACHE_DIR", raising=False)
-    assert models.cache_folder() == Path("/x/turboquant-gguf")
+    assert folders.cache_folder() == Path("/x/turboquant-gguf")
     monkeypatch.setenv("TURBOQUANT_CACHE_DIR", "/y")
-    assert models.cache_folder() == Path("/y")
+    assert folders.cache_folder() == Path("/y")
 
 
 def test_manifest_model_is_what_it_says(smollm2):

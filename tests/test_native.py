@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from turboquant_gguf.native import beyond_loopback
+from turboquant_gguf.llamacpp.native import beyond_loopback
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ def test_addresses_beyond_loopback(arguments, address):
 
 @pytest.mark.parametrize("tool, warned", [("ggml-rpc-server", True), ("llama-bench", False)])
 def test_a_server_that_others_can_reach_is_warned_of(tool, warned):
-    code = f"import sys; sys.argv[0] = {tool!r}; from turboquant_gguf.native import run_tool; run_tool()"
+    code = f"import sys; sys.argv[0] = {tool!r}; from turboquant_gguf.llamacpp.native import run_tool; run_tool()"
     command = [sys.executable, "-c", code, "--host", "0.0.0.0", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ("asks nobody who they are. Whoever reaches 0.0.0.0" in done.stderr) == warned

@@ -8,19 +8,28 @@ import re
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import islice, pairwise
 from pathlib import Path
 
 import httpx
 import pytest
-import tiny_model
 from rich.console import Console
 
-from turboquant_gguf import benchplot, haystack, niah, niahplot, server
-from turboquant_gguf.cachetypes import CacheTypes
+import tiny_model
+from turboquant_gguf.core import tables
 from turboquant_gguf.errors import TurboquantError
-from turboquant_gguf.haystack import Needle
+from turboquant_gguf.kinds import Finding, retrieval
+from turboquant_gguf.kinds.base import Work
+from turboquant_gguf.kinds.retrieval import Retrieval
+from turboquant_gguf.kinds.runners import needles
+from turboquant_gguf.kinds.runners.needles import Needle
+from turboquant_gguf.llamacpp import server
+from turboquant_gguf.llamacpp.cachetypes import CacheTypes
+from turboquant_gguf.measure.sweep import measure
+from turboquant_gguf.report import plots
+from turboquant_gguf.report.contents import Section
+from turboquant_gguf.report.tables import _table_of_maps
 
 COMMAND = (sys.executable, "-m", "turboquant_gguf.cli", "niah")
 NARROW = {"COLUMNS": "80", "NO_COLOR": "1"}
@@ -43,9 +52,14 @@ def sentences(text: str) -> str:
     return " ".join(text.split())
 
 
-def ask(model: Path, **options) -> niah.Report:
+def ask(model: Path, folder: Path, **options) -> list[dict]:
+    """The answers, of all types."""
     least = {"types": ["f16"], "lengths": [TINY_LENGTH], "depths": [50], "threads": 1}
-    return niah.niah(model=model, console=Console(quiet=True), **least | options)
+    outcome = measure("retrieval", model, results=folder / "r.sqlite", console=Console(quiet=True), **least | options)
+    if outcome.failures:
+        raise TurboquantError(outcome.failures[0].message)
+    (finding,) = outcome.findings
+    return [answer for own in finding.values.values() for answer in own]
 
 
 def words(text: str) -> int:
@@ -59,28 +73,28 @@ def words(text: str) -> int:
 @pytest.mark.parametrize("length", [128, 256, 1000, 4096])
 @pytest.mark.parametrize("depth", [0, 10, 50, 100])
 def test_prompt_has_its_length_and_the_needle_at_its_depth(length, depth):
-    text, tokens = haystack.fill(list(islice(haystack.generated(0), length)), NEEDLE, depth, length, words)
+    text, tokens = needles.fill(list(islice(needles.generated(0), length)), NEEDLE, depth, length, words)
     assert tokens == words(text)
     assert 0.97 * length <= tokens <= length
     hay, question = text.split("\n\n")
     assert question == NEEDLE.question
     before, after = hay.split(NEEDLE.sentence)
-    longest = max(map(len, haystack.sentences_of(before + after)))
+    longest = max(map(len, needles.sentences_of(before + after)))
     assert len(before) == pytest.approx(depth / 100 * len(before + after), abs=longest)
 
 
 def test_all_of_the_text_stays_whole_but_for_the_end():
     text = [f"Sentence number {number} is here." for number in range(100)]
-    made, _ = haystack.fill(text, NEEDLE, 50, 300, words)
-    kept = haystack.sentences_of(made.split("\n\n")[0])
+    made, _ = needles.fill(text, NEEDLE, 50, 300, words)
+    kept = needles.sentences_of(made.split("\n\n")[0])
     kept.remove(NEEDLE.sentence)
     assert kept == text[: len(kept)]
 
 
 def test_room_that_is_left_is_filled_with_a_shorter_sentence():
     long = " ".join(["word"] * 40) + "."
-    room = words(haystack.prompt([long], NEEDLE, 0)) + 2
-    made, tokens = haystack.fill([long, long, "Short one.", long], NEEDLE, 0, room, words)
+    room = words(needles.prompt([long], NEEDLE, 0)) + 2
+    made, tokens = needles.fill([long, long, "Short one.", long], NEEDLE, 0, room, words)
     assert made.count(long) == 1 and "Short one." in made
     assert tokens == words(made) == room
 
@@ -88,28 +102,28 @@ def test_room_that_is_left_is_filled_with_a_shorter_sentence():
 @pytest.mark.parametrize("text", [["Too short."], [" ".join(["word"] * 1000)]])
 def test_text_that_cannot_fill_a_prompt(text):
     with pytest.raises(TurboquantError, match="fills only .* of the 500 tokens"):
-        haystack.fill(text, NEEDLE, 50, 500, words)
+        needles.fill(text, NEEDLE, 50, 500, words)
 
 
 def test_length_without_room_for_the_question():
     with pytest.raises(TurboquantError, match=r"A prompt of 10 tokens is too short: the question alone takes 19"):
-        haystack.fill(["A sentence."] * 10, NEEDLE, 50, 10, words)
+        needles.fill(["A sentence."] * 10, NEEDLE, 50, 10, words)
 
 
 def test_generated_text_is_steady_and_varied():
-    first = list(islice(haystack.generated(1), 20_000))
-    assert first == list(islice(haystack.generated(1), 20_000))
-    assert first != list(islice(haystack.generated(2), 20_000))
+    first = list(islice(needles.generated(1), 20_000))
+    assert first == list(islice(needles.generated(1), 20_000))
+    assert first != list(islice(needles.generated(2), 20_000))
     assert all(a != b for a, b in pairwise(first))
     assert len(set(first)) > 10_000
     text = " ".join(first)
-    assert haystack.sentences_of(text) == first
+    assert needles.sentences_of(text) == first
     assert not re.search(r"\d|[{}]|magic|number", text)
 
 
 def test_sentences_of_a_text():
     text = "One is here.  Two,\nis it?\n\nThree! 四です。五です。 Six"
-    assert haystack.sentences_of(text) == ["One is here.", "Two, is it?", "Three!", "四です。", "五です。", "Six"]
+    assert needles.sentences_of(text) == ["One is here.", "Two, is it?", "Three!", "四です。", "五です。", "Six"]
 
 
 @pytest.mark.parametrize(
@@ -139,7 +153,7 @@ def test_needles_are_of_five_digits_and_differ():
 
 @pytest.mark.parametrize("name", ["smollm2", "tiny"])
 def test_tokens_are_counted_as_the_server_counts_them(name, request):
-    prompt = haystack.prompt(list(islice(haystack.generated(0), 3)), NEEDLE, 50)
+    prompt = needles.prompt(list(islice(needles.generated(0), 3)), NEEDLE, 50)
     with server.running(request.getfixturevalue(name), CacheTypes("f16", "f16"), context=512) as running:
         with running.token_counter() as count:
             counted = count(prompt)
@@ -154,15 +168,15 @@ def test_tokens_are_counted_as_the_server_counts_them(name, request):
 def test_smollm2_finds_needles(smollm2, tmp_path):
     plot = tmp_path / "found.png"
     pytest.importorskip("matplotlib")
-    options = ("--types", "turbo4", "--lengths", "512,256", "--depths", "0,100", "--threads", "1")
+    options = ("--types", "turbo4", "--lengths", "512,256", "--depths", "0,100", "--threads", "1", "-o", tmp_path / "r.sqlite")
     done = run(smollm2, *options, "--plot", plot, "--json")
     assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
-    assert report["settings"]["types"] == ["f16", "turbo4"]
-    assert report["settings"]["trained_length"] == 8192
-    assert report["machine"]["threads"] == 1 and report["machine"]["devices"]
+    (finding,) = json.loads(done.stdout)["findings"]
+    assert finding["settings"]["length"] == [256, 512] and finding["machines"][0]["devices"]
+    results = {one["types"]: one for one in finding["results"]}
+    assert list(results) == ["f16", "turbo4"]
     places = [(length, depth) for length in (256, 512) for depth in (0, 100)]
-    f16, turbo = ([cell for cell in report["cells"] if cell["types"] == types] for types in ("f16", "turbo4"))
+    f16, turbo = (results[types]["answers"] for types in ("f16", "turbo4"))
     for cells, types in ((f16, "f16"), (turbo, "turbo4")):
         assert [(cell["length"], cell["depth"]) for cell in cells] == places
         assert {(cell["type_k"], cell["type_v"]) for cell in cells} == {(types, types)}
@@ -171,25 +185,33 @@ def test_smollm2_finds_needles(smollm2, tmp_path):
         assert 0.97 * one["length"] <= one["prompt_tokens"] <= one["length"]
     for cell in f16 + turbo:
         assert cell["found"] == bool(re.search(rf"\b{cell['expected']}\b", cell["answer"]))
-    reference, score = report["scores"]
+    reference, score = (results[types]["score"] for types in ("f16", "turbo4"))
     assert reference["verdict"] == "reference" and reference["found"] >= 3
     assert score["found"] == sum(cell["found"] for cell in turbo) >= 2
     assert plot.read_bytes().startswith(b"\x89PNG")
-    assert "within noise" in done.stderr and "of those" in done.stderr
-    assert max(map(len, done.stderr.splitlines())) <= 80
+    assert "within noise" in done.stderr and "Lost, gained" in done.stderr
+    assert max(len(line) for line in done.stderr.splitlines() if str(tmp_path) not in line) <= 80
 
 
-def test_an_answer_does_not_depend_on_what_else_is_asked(tiny):
-    alone = ask(tiny, types=["turbo4"], depths=[50], trials=2).cells
-    among = ask(tiny, types=["q8_0", "turbo4"], lengths=[400, TINY_LENGTH], depths=[0, 50, 60], trials=2).cells
-    assert [cell.types for cell in alone] == ["f16", "f16", "turbo4", "turbo4"]
-    assert len({cell.expected for cell in alone}) == 2
-    assert all(cell in among for cell in alone)
+def test_an_answer_does_not_depend_on_what_else_is_asked(tiny, tmp_path):
+    alone = ask(tiny, tmp_path, types=["turbo4"], depths=[50], trials=2)
+    others = {"types": ["q8_0", "turbo4"], "lengths": [400, TINY_LENGTH], "depths": [0, 50, 60]}
+    among = ask(tiny, tmp_path, **others, trials=2)
+    assert [answer["types"] for answer in alone] == ["f16", "f16", "turbo4", "turbo4"]
+    assert len({answer["expected"] for answer in alone}) == 2
+    assert all(answer in among for answer in alone)
+
+
+def test_further_trials_are_added(tiny, tmp_path):
+    how = {"types": ["turbo4"], "lengths": [300], "depths": [50], "threads": 1, "results": tmp_path / "r.sqlite"}
+    assert measure("retrieval", tiny, **how, console=Console(quiet=True)).added == 2
+    more = measure("retrieval", tiny, **how, trials=3, console=Console(quiet=True))
+    assert (more.known, more.added) == (2, 4) and len(more.findings[0].values[retrieval.F16]) == 3
 
 
 def test_every_prompt_is_read_from_its_beginning(tiny):
-    prompt = haystack.prompt(list(islice(haystack.generated(0), 3)), NEEDLE, 50)
-    arguments = {"context": 512, "extra_args": niah.SERVER_ARGUMENTS}
+    prompt = needles.prompt(list(islice(needles.generated(0), 3)), NEEDLE, 50)
+    arguments = {"context": 512, "extra_args": retrieval.SERVER_ARGUMENTS}
     with server.running(tiny, CacheTypes("f16", "f16"), **arguments) as running, running.token_counter() as count:
         for _ in range(2):
             running.ask(prompt, max_tokens=2)
@@ -197,43 +219,42 @@ def test_every_prompt_is_read_from_its_beginning(tiny):
         assert read == [str(count(prompt))] * 2
 
 
-def test_seed_changes_text_and_needles(tiny):
-    one, other = (ask(tiny, seed=seed).cells[0] for seed in (1, 2))
-    assert one.expected != other.expected and one.answer != other.answer
+def test_seed_changes_text_and_needles(tiny, tmp_path):
+    one, other = (ask(tiny, tmp_path, seed=seed)[0] for seed in (1, 2))
+    assert one["expected"] != other["expected"] and one["answer"] != other["answer"]
 
 
-def test_default_lengths_are_those_the_model_was_trained_for(tiny, smollm2):
-    report = ask(tiny, lengths=None)
-    assert report.settings["lengths"] == [512]
-    assert report.cells[0].prompt_tokens <= 512 - niah.ANSWER_TOKENS
-    assert niah._lengths(None, niah._trained_length(smollm2), smollm2) == [1024, 2048, 4096, 8192]
+def test_default_lengths_are_those_the_model_was_trained_for(tiny, tmp_path):
+    (answer,) = ask(tiny, tmp_path, lengths=None)
+    assert answer["length"] == 512 and answer["prompt_tokens"] <= 512 - retrieval.ANSWER_TOKENS
+    work = Work(tiny, {"trained_length": 8192}, (), None, sweep=False)
+    assert [one.length for one in Retrieval.plan(work)] == [1024, 2048, 4096, 8192]
 
 
 def test_text_of_the_user(tiny, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("The sea was calm. A gull cried. " * 100)
-    report = ask(tiny, text=text)
-    assert report.settings["text"] == str(text)
-    assert len(report.cells) == 1
+    assert len(ask(tiny, tmp_path, text=text)) == 1
     text.write_text("Far too short.")
     with pytest.raises(TurboquantError, match="Give a longer text"):
-        ask(tiny, text=text)
+        ask(tiny, tmp_path, text=text)
     text.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(TurboquantError, match="is not UTF-8 text"):
-        ask(tiny, text=text)
+        ask(tiny, tmp_path, text=text)
 
 
-def test_a_type_that_fails_does_not_stop_the_others(tmp_path):
+def test_a_type_that_does_not_fit_does_not_stop_the_others(tmp_path):
     model = tiny_model.write(tmp_path / "odd.gguf", head_size=80)
-    done = run(model, "--types", "turbo4,bf16", "--lengths", str(TINY_LENGTH), "--depths", "0", "--json")
+    options = ("--types", "turbo4,bf16", "--lengths", str(TINY_LENGTH), "--depths", "0", "-o", tmp_path / "r.sqlite")
+    done = run(model, *options, "--json")
     assert done.returncode == 1
-    report = json.loads(done.stdout)
-    (failure,) = report["failures"]
-    assert failure["types"] == "turbo4" and "heads hold 80 values" in failure["message"]
-    assert [score["types"] for score in report["scores"]] == ["f16", "bf16"]
-    assert "Error: turbo4: llama-server stopped" in sentences(done.stderr)
+    found = json.loads(done.stdout)
+    (failure,) = found["failures"]
+    assert failure["what"] == "odd.gguf, turbo4" and "heads hold 80 values" in failure["message"]
+    results = found["findings"][0]["results"]
+    assert [one["types"] for one in results] == ["f16", "bf16"]
     # The model is random, so it finds nothing:
-    assert [score["kept"] for score in report["scores"]] == [None, None]
+    assert [one["score"]["kept"] for one in results] == [None, None]
     assert "f16 found none of the needles" in sentences(done.stderr)
 
 
@@ -241,7 +262,7 @@ def test_without_f16_there_is_nothing_to_compare_with(tiny, tmp_path):
     unknown = tmp_path / "unknown.gguf"
     unknown.write_bytes(tiny.read_bytes().replace(b"llama", b"lmama"))
     with pytest.raises(TurboquantError, match="older than the model's architecture"):
-        ask(unknown)
+        ask(unknown, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -268,9 +289,9 @@ def test_errors_are_sentences(tiny, options, code, sentence):
     assert failed.stdout == ""
 
 
-def test_no_model_file():
+def test_no_model_file(tmp_path):
     with pytest.raises(TurboquantError, match="There is no model file"):
-        ask(Path("absent.gguf"))
+        ask(Path("absent.gguf"), tmp_path)
 
 
 def read(terminal: int) -> bytes:
@@ -289,7 +310,7 @@ def test_ctrl_c_keeps_what_was_found(tiny, tmp_path):
     with written.open("w") as output:
         process = subprocess.Popen(
             [*COMMAND, tiny, "--types", "turbo4,turbo3,turbo2", "--lengths", str(TINY_LENGTH), "--depths", "50",
-             "--trials", str(trials), "--threads", "1", "--json"],
+             "--trials", str(trials), "--threads", "1", "--json", "-o", tmp_path / "r.sqlite"],
             env={**os.environ, **NARROW, "TERM": "xterm", "TMPDIR": str(temporary)}, stdout=output, stderr=writer,
         )  # fmt: skip
     os.close(writer)
@@ -302,12 +323,11 @@ def test_ctrl_c_keeps_what_was_found(tiny, tmp_path):
         seen += piece
     assert process.wait() == 130
     assert b"Traceback" not in seen
-    report = json.loads(written.read_text())
-    assert report["interrupted"]
-    asked = [cell["types"] for cell in report["cells"]]
-    assert asked[:trials] == ["f16"] * trials
-    assert set(asked[trials:]) <= {"turbo4"} and len(asked) < 2 * trials
-    assert report["scores"][0]["asked"] == trials
+    found = json.loads(written.read_text())
+    assert found["interrupted"]
+    results = {one["types"]: one for one in found["findings"][0]["results"]}
+    assert len(results["f16"]["answers"]) == trials and set(results) <= {"f16", "turbo4"}
+    assert found["added"] < 2 * trials
     assert list(temporary.iterdir()) == []
     processes = subprocess.run(["ps", "-A", "-o", "args"], capture_output=True, text=True, check=True).stdout
     assert str(tiny) not in processes
@@ -321,7 +341,7 @@ def test_ctrl_c_keeps_what_was_found(tiny, tmp_path):
     [(0, 0, 1), (1, 0, 1), (1, 1, 1), (5, 0, 0.0625), (6, 0, 0.03125), (10, 2, 2 * (1 + 12 + 66) / 2**12)],
 )
 def test_mcnemar(lost, gained, p_value):
-    assert niah.mcnemar(lost, gained) == niah.mcnemar(gained, lost) == pytest.approx(p_value, rel=1e-12)
+    assert retrieval.mcnemar(lost, gained) == retrieval.mcnemar(gained, lost) == pytest.approx(p_value, rel=1e-12)
 
 
 def outcomes(text: str) -> dict:
@@ -341,59 +361,62 @@ def outcomes(text: str) -> dict:
     ],
 )
 def test_score(own, reference, found, kept, lost, gained, verdict):
-    score = niah.score("turbo4", outcomes(own), outcomes(reference))
+    score = retrieval.score(CacheTypes.parse("turbo4"), outcomes(own), outcomes(reference))
     assert (score.asked, score.found, score.share) == (len(own), found, found / len(own))
     assert (score.kept, score.lost, score.gained, score.verdict) == (kept, lost, gained, verdict)
 
 
-CELL = niah.Cell("f16", "f16", "f16", 1024, 0, 1, 1024, NEEDLE.sentence, NEEDLE.number, "", True)
+ANSWER = retrieval.Answer("f16", "f16", "f16", 1024, 0, 1, 1024, NEEDLE.sentence, NEEDLE.number, "", True)
 
 
-def report_of(types: list[str], lengths: list[int], depths: list[float], trials: int = 3) -> niah.Report:
-    """A report of random answers, as niah() would make it; the last type was interrupted."""
+def finding_of(types: list[str], lengths: list[int], depths: list[float], trials: int = 3) -> Finding:
+    """Random answers; the last type was interrupted."""
     rng = random.Random(0)
-    settings = {"model": "tiny.gguf", "types": types, "lengths": lengths, "depths": depths, "trials": trials}
-    cells = [
-        replace(CELL, types=name, length=length, depth=depth, trial=trial, found=rng.random() < 0.7)
+    values = {
+        CacheTypes.parse(name): [
+            asdict(replace(ANSWER, types=name, length=length, depth=depth, trial=trial, found=rng.random() < 0.7))
+            for trial in range(1, trials + 1)
+            for length in lengths
+            for depth in depths
+        ]
         for name in types
-        for trial in range(trials)
-        for length in lengths
-        for depth in depths
-    ]
-    report = niah.Report(settings, machine={"threads": 2, "devices": ["a processor"]}, cells=cells[:-2])
-    report.scores = list(niah._scores(report))
-    return report
+    }
+    del values[CacheTypes.parse(types[-1])][-2:]
+    build = {"turboquant_gguf": "1", "llama_cpp": "2"}
+    return Finding(Retrieval, {"name": "tiny"}, {"build": build}, [], "2026-01-01", values, trials)
 
 
-def wide_report() -> niah.Report:
-    lengths = [1024 * number for number in (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256)]
-    return report_of(["f16", "turbo4:turbo3", "turbo2"], lengths, [0, 12.5, 50, 100])
+def wide() -> Finding:
+    lengths = [1024 * number for number in (1, 2, 4, 8, 16, 32, 64, 128)]
+    return finding_of(["f16", "turbo4:turbo3", "turbo2"], lengths, [0, 12.5, 50, 100])
 
 
-@pytest.mark.parametrize("part", [niah.table, niah.maps])
-def test_print_fits_80_columns(part):
+def shown(table: tables.Table) -> list[str]:
     console = Console(width=80)
     with console.capture() as captured:
-        console.print(part(wide_report()))
-    lines = captured.get().splitlines()
+        for part in tables.grids(table):
+            console.print(part)
+    return captured.get().splitlines()
+
+
+@pytest.mark.parametrize("part", [Retrieval.table, lambda finding: _table_of_maps(Retrieval.maps(finding))])
+def test_print_fits_80_columns(part):
+    lines = shown(part(wide()))
     assert max(map(len, lines)) <= 80
     assert not any("…" in line for line in lines), "a cell was cut"
 
 
 def test_maps_can_be_read_without_color():
-    report = report_of(["f16"], [1024, 2048], [0, 100], trials=1)
-    report.cells[0] = replace(report.cells[0], found=True)
-    report.cells[1] = replace(report.cells[1], found=False)
-    console = Console(width=80)
-    with console.capture() as captured:
-        console.print(niah.maps(report))
-    rows = [line.split() for line in captured.get().splitlines() if line.strip()]
-    assert rows == [["f16"], ["depth", "1024", "2048"], ["0", "%", "100%", "-"], ["100", "%", "0%", "-"]]
+    finding = finding_of(["turbo4", "f16"], [1024, 2048], [0, 100], trials=1)
+    (answers,) = (own for types, own in finding.values.items() if str(types) == "f16")
+    answers[0]["found"], answers[1]["found"] = True, False
+    (one,) = (one for one in Retrieval.maps(finding) if one.types == "f16")
+    assert one.shares == {0: [1, None], 100: [0, None]}
 
 
-@pytest.mark.parametrize("suffix", benchplot.FORMATS)
+@pytest.mark.parametrize("suffix", plots.FORMATS)
 def test_plot(tmp_path, suffix):
     pytest.importorskip("matplotlib")
     path = tmp_path / f"found{suffix}"
-    niahplot.write(wide_report(), path)
+    plots.write([Section({"name": "tiny"}, {"retrieval": [wide()]})], path, suffix[1:])
     assert path.read_bytes()[:4] in (b"\x89PNG", b"<?xm", b"%PDF")

@@ -5,10 +5,10 @@ import re
 from pathlib import Path
 
 import pytest
-import tiny_architectures
-import tiny_model
 from click.testing import CliRunner, Result
 
+import tiny_architectures
+import tiny_model
 from turboquant_gguf import cli
 from turboquant_gguf.errors import TurboquantError
 
@@ -43,8 +43,9 @@ def options_of(command: str) -> dict:
         ("--threads", {"bench", "calibrate", "demo", "eval", "niah", "ppl", "sweep", "verify"}),
         ("--cache-window", {"bench", "demo", "eval", "inspect", "niah", "ppl", "recommend", "sweep", "verify"}),
         ("--cache-sinks", {"bench", "demo", "eval", "inspect", "niah", "ppl", "recommend", "sweep", "verify"}),
-        ("--force", {"bench", "calibrate", "eval", "niah", "report"}),
-        ("-o", {"calibrate", "ppl", "report", "sweep"}),
+        ("--force", {"bench", "calibrate", "eval", "niah", "ppl", "report"}),
+        ("--cluster", {"bench", "eval", "niah", "ppl", "sweep"}),
+        ("-o", {"bench", "calibrate", "eval", "niah", "ppl", "report", "sweep"}),
     ],
 )
 def test_options_of_several_commands_are_alike(option, commands):
@@ -93,7 +94,7 @@ def test_what_exists_is_replaced_by_force_alone(llama, arguments):
 
 def test_force_lets_it_be_replaced(llama):
     Path("r.md").write_text("mine")
-    options = ["--text", "text.txt", "--context", "256", "--types", "f16,q8_0", "--windows", "1"]
+    options = ["--text", "text.txt", "--context", "256", "--types", "f16,q8_0", "--chunks", "1"]
     assert invoke("ppl", llama, *options, "-o", "r.sqlite").exit_code == 0
     assert invoke("report", "r.sqlite", "-o", "r.md", "--force").exit_code == 0
     assert "q8_0" in Path("r.md").read_text()
@@ -101,7 +102,7 @@ def test_force_lets_it_be_replaced(llama):
 
 @pytest.mark.parametrize("base, code", [("f16", 0), ("f32", 0), ("q8_0", 2), ("turbo4", 2)])
 def test_base_of_ppl(llama, base, code):
-    options = ["--text", "text.txt", "--context", "256", "--types", "q8_0", "--windows", "1"]
+    options = ["--text", "text.txt", "--context", "256", "--types", "q8_0", "--chunks", "1"]
     assert invoke("ppl", llama, *options, "--base", base).exit_code == code
 
 
@@ -123,7 +124,7 @@ def test_sizes_without_a_unit(llama, command, size):
 
 @pytest.mark.parametrize("where", ["/proc/self/out.gguf", "/proc/out.gguf"])
 def test_calibrate_finds_out_first_that_it_cannot_write(llama, monkeypatch, where):
-    monkeypatch.setattr("turboquant_gguf.calibration._read", lambda *_: pytest.fail("it began to read"))
+    monkeypatch.setattr("turboquant_gguf.weights.calibration._read", lambda *_: pytest.fail("it began to read"))
     done = invoke("calibrate", llama, "-o", where)
     assert isinstance(done.exception, TurboquantError)
     assert re.search("out.gguf cannot be written into /proc.*Write it elsewhere", str(done.exception))
@@ -134,7 +135,7 @@ def test_what_only_reads_needs_no_home_to_write(llama, command):
     """The cache folder cannot be made: it would lie in a file."""
     Path("file").touch()
     home = {"TURBOQUANT_CACHE_DIR": "file/cache"}
-    options = ["--text", "text.txt", "--context", "256", "--types", "f16,q8_0", "--windows", "1"]
+    options = ["--text", "text.txt", "--context", "256", "--types", "f16,q8_0", "--chunks", "1"]
     assert invoke("ppl", llama, *options, "-o", "r.sqlite", **home).exit_code == 0
     arguments = {"report": ["r.sqlite"], "recommend": [llama, "--memory", "1GiB", "--context", "256"]}[command]
     done = invoke(command, *arguments, *(["--results", "r.sqlite"] if command == "recommend" else []), **home)

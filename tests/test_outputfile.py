@@ -11,13 +11,14 @@ import pytest
 from click.testing import CliRunner
 
 import checkpoints
-from turboquant_gguf import cli, outputfile
+from turboquant_gguf import cli
+from turboquant_gguf.core import outputfile
 from turboquant_gguf.errors import TurboquantError
 
 HOLD = """
 import sys
 from pathlib import Path
-from turboquant_gguf import outputfile
+from turboquant_gguf.core import outputfile
 with outputfile.beside(Path(sys.argv[1])) as unfinished:
     unfinished.write_text(sys.argv[2])
     print(unfinished, flush=True)
@@ -166,7 +167,7 @@ import sys
 from pathlib import Path
 from rich.console import Console
 import checkpoints
-from turboquant_gguf.convert import convert
+from turboquant_gguf.weights.convert import convert
 with checkpoints.any_pre_tokenizer():
     convert(Path(sys.argv[1]), Path(sys.argv[2]), outtype="f32", force=True, calibrate=True, console=Console())
 """

@@ -5,11 +5,12 @@ import time
 from pathlib import Path
 
 import pytest
-import tiny_model
 from click.testing import CliRunner
 from rich.console import Console
 
-from turboquant_gguf import cli, messages, progress
+import tiny_model
+from turboquant_gguf import cli
+from turboquant_gguf.core import messages, progress
 
 LONG = "/a folder/" + "/".join(f"with a long name {number}" for number in range(12)) + "/model.gguf"
 

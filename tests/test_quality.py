@@ -16,11 +16,17 @@ from click.testing import CliRunner
 from rich.console import Console
 
 import checkpoints
-from turboquant_gguf import cli, native, provenance, quality, texts
-from turboquant_gguf.cachetypes import CacheTypes
+from turboquant_gguf import cli
+from turboquant_gguf.core import texts
+from turboquant_gguf.core.texts import Text
 from turboquant_gguf.errors import TurboquantError
-from turboquant_gguf.logits import Model
-from turboquant_gguf.store import Store
+from turboquant_gguf.kinds import Finding, quality
+from turboquant_gguf.kinds.quality import Quality
+from turboquant_gguf.llamacpp import native, provenance
+from turboquant_gguf.llamacpp.cachetypes import CacheTypes
+from turboquant_gguf.llamacpp.logits import Model
+from turboquant_gguf.measure.store import Store
+from turboquant_gguf.measure.sweep import measure
 
 F16, F32, TURBO4, Q4_0 = map(CacheTypes.parse, ("f16", "f32", "turbo4", "q4_0"))
 
@@ -41,15 +47,23 @@ def random_text(tmp_path) -> Path:
     return path
 
 
-def measured(model: Path, text: Path, folder: Path, **options) -> quality.Report:
+def measured(model: Path, text: Path, folder: Path, **options) -> Finding:
     options = {"context": 32, "types": ("f16", "q4_0"), "results": folder / "results.sqlite"} | options
-    return quality.ppl(model, text=str(text), console=Console(quiet=True), **options)
+    outcome = measure("quality", model, text=str(text), console=Console(quiet=True), **options)
+    assert not outcome.failures
+    (found,) = outcome.findings
+    return found
 
 
-def scores(experiment: quality.Experiment, path: Path, types: list[CacheTypes]) -> dict[CacheTypes, np.ndarray]:
-    """Of the first window."""
+def work(text: Text, base: CacheTypes, context: int, decode: bool = False) -> Quality:
+    """A piece of work of which only the text and how it is read matter."""
+    return Quality(Path(), {}, None, {}, text, base, context, decode)
+
+
+def scores(one: Quality, path: Path, types: list[CacheTypes]) -> dict[CacheTypes, np.ndarray]:
+    """The scores in the first chunk."""
     with Model(path) as model:
-        return dict(experiment.measure(model, experiment.windows(model)[0], types))
+        return dict(one.scores(model, one.cut(model)[0], types))
 
 
 # ---- the numbers ----
@@ -63,8 +77,8 @@ def llama_perplexity(model: Path, text: Path, *options: str) -> str:
 
 def test_agrees_with_llama_perplexity(smollm2, text, tmp_path):
     """Perplexity to the printed digits; divergence as far as the 16 bits go in which llama-perplexity keeps logits."""
-    report = measured(smollm2, text, tmp_path, context=256, windows=2, types=("f16", "turbo4"))
-    f16, turbo4 = report.results
+    found = measured(smollm2, text, tmp_path, context=256, chunks=2, types=("f16", "turbo4"))
+    f16, turbo4 = found.values.values()
     base = tmp_path / "base.logits"
     final = re.search(
         r"Final estimate: PPL = (\S+) \+/- (\S+)", llama_perplexity(smollm2, text, "--save-all-logits", base)
@@ -81,14 +95,14 @@ def test_agrees_with_llama_perplexity(smollm2, text, tmp_path):
 
 def test_the_base_against_itself_is_exactly_zero(tiny, random_text):
     """Also when it is run a second time, here as the base of another experiment."""
-    experiment = quality.Experiment(texts.load(str(random_text)), F16, 32)
-    found = scores(experiment, tiny, [F16, F32, Q4_0])
+    one = work(texts.load(str(random_text)), F16, 32)
+    found = scores(one, tiny, [F16, F32, Q4_0])
     assert not found[F16]["kld"].any() and found[F16]["same"].all()
     assert found[F32]["kld"].any() and (found[Q4_0]["kld"] > 0).all()
     with Model(tiny) as model:
-        window = experiment.windows(model)[0]
-        first, second = ([piece.copy() for piece in experiment._read(model, F16, window)] for _ in range(2))
-    assert not quality.compare(first[0], second[0], window[17:]).view()["kld"].any()
+        chunk = one.cut(model)[0]
+        first, second = ([piece.copy() for piece in one.read(model, F16, chunk)] for _ in range(2))
+    assert not quality.compare(first[0], second[0], chunk[17:]).view()["kld"].any()
 
 
 @pytest.mark.parametrize("size", [1, 30, 1e4])
@@ -112,7 +126,7 @@ def test_summary():
     base, other = np.zeros(8, quality.SCORES), np.zeros(8, quality.SCORES)
     base["nll"], base["same"] = nll, True
     other["nll"], other["kld"], other["same"] = nll + more, kld, same
-    f16, q4_0 = quality.summarize({F16: base, Q4_0: other}, F16)
+    f16, q4_0 = quality.summarize({F16: base, Q4_0: other}, F16).values()
     assert (f16.ppl_ratio, f16.ppl_ratio_stderr, f16.kld_mean, f16.top1, f16.like) == (1, 0, 0, 1, ())
     assert f16.ppl == pytest.approx(np.exp(2.5))
     assert f16.ppl_stderr == pytest.approx(np.exp(2.5) * (1.25 / 7) ** 0.5)
@@ -133,14 +147,14 @@ def test_noise_is_judged_over_neighbours():
     much = apart.copy()
     much["kld"] += 10
     found = quality.summarize({F16: truth, Q4_0: apart, TURBO4: alike, F32: much}, F16)
-    assert [result.like for result in found] == [(), ("turbo4",), ("q4_0",), ()]
+    assert [loss.like for loss in found.values()] == [(), ("turbo4",), ("q4_0",), ()]
 
 
 def test_token_by_token(smollm2, text):
     """The same distributions, but for the order of sums; and the single-token kernel is what reads the cache."""
     content = texts.load(str(text))
     batches, tokens = (
-        scores(quality.Experiment(content, F16, 128, decode), smollm2, [F16, TURBO4]) for decode in (False, True)
+        scores(work(content, F16, 128, decode), smollm2, [F16, TURBO4]) for decode in (False, True)
     )
     assert len(batches[F16]) == len(tokens[F16]) == 63
     for pair, tolerance in ((F16, 0.02), (TURBO4, 0.05)):
@@ -148,15 +162,15 @@ def test_token_by_token(smollm2, text):
     assert not np.array_equal(batches[TURBO4], tokens[TURBO4])
 
 
-def test_long_windows_are_read_in_pieces(tiny, tmp_path):
+def test_long_chunks_are_read_in_pieces(tiny, tmp_path):
     """Of 1,100 tokens, three batches: the same as in one."""
     path = tmp_path / "long.txt"
     path.write_bytes(bytes(np.random.default_rng(0).integers(97, 123, 1200, np.uint8)))
-    experiment = quality.Experiment(texts.load(str(path)), F32, 1100)
+    one = work(texts.load(str(path)), F32, 1100)
     with Model(tiny) as model, model.open(1100, F32) as context:
-        window = experiment.windows(model)[0]
-        pieces = np.concatenate([piece.copy() for piece in experiment._read(model, F32, window)])
-        whole = context.read(window, 0, outputs=550)[:-1].copy()
+        chunk = one.cut(model)[0]
+        pieces = np.concatenate([piece.copy() for piece in one.read(model, F32, chunk)])
+        whole = context.read(chunk, 0, outputs=550)[:-1].copy()
     np.testing.assert_allclose(pieces, whole, atol=1e-4)
 
 
@@ -169,12 +183,12 @@ def rows(path: Path) -> list[tuple]:
 
 
 def test_what_was_measured_is_not_measured_again(tiny, random_text, tmp_path):
-    first = measured(tiny, random_text, tmp_path, windows=2)
+    first = measured(tiny, random_text, tmp_path, chunks=2)
     before = rows(tmp_path / "results.sqlite")
     assert [(row[1], row[2]) for row in before] == [("f16", 0), ("q4_0", 0), ("f16", 1), ("q4_0", 1)]
-    again = measured(tiny, random_text, tmp_path, windows=2)
-    assert again.results == first.results and rows(tmp_path / "results.sqlite") == before
-    more = measured(tiny, random_text, tmp_path, windows=3, types=("f16", "q4_0", "turbo4"))
+    again = measured(tiny, random_text, tmp_path, chunks=2)
+    assert again.values == first.values and rows(tmp_path / "results.sqlite") == before
+    more = measured(tiny, random_text, tmp_path, chunks=3, types=("f16", "q4_0", "turbo4"))
     after = rows(tmp_path / "results.sqlite")
     assert after[:4] == before
     assert [(row[1], row[2]) for row in after[4:]] == [
@@ -184,9 +198,9 @@ def test_what_was_measured_is_not_measured_again(tiny, random_text, tmp_path):
         ("q4_0", 2),
         ("turbo4", 2),
     ]
-    assert more.windows == 3 and len(more.results) == 3
-    for changed in ({"context": 16}, {"base": "f32"}, {"decode": True}):
-        measured(tiny, random_text, tmp_path, windows=1, **changed)
+    assert more.parts == 3 and len(more.values) == 3
+    for changed in ({"context": 16}, {"base": "f32", "types": ("q4_0",)}, {"decode": True}):
+        measured(tiny, random_text, tmp_path, chunks=1, **changed)
     assert len(rows(tmp_path / "results.sqlite")) > len(after) + 3
 
 
@@ -204,10 +218,10 @@ def test_interrupted_and_continued(smollm2, text, tmp_path, number):
     assert process.returncode == 128 + number
     kept = rows(tmp_path / "results.sqlite")
     if number == signal.SIGINT:
-        assert "the same command goes on from there" in errors and "q4_0" in output
-    report = measured(smollm2, text, tmp_path, context=64, windows=4)
+        assert "The same command goes on from there" in errors and "q4_0" in output
+    found = measured(smollm2, text, tmp_path, context=64, chunks=4)
     assert rows(tmp_path / "results.sqlite")[: len(kept)] == kept
-    assert report.results == measured(smollm2, text, tmp_path, context=64, windows=4, results=tmp_path / "new").results
+    assert found.values == measured(smollm2, text, tmp_path, context=64, chunks=4, results=tmp_path / "new").values
 
 
 def rows_or_none(path: Path) -> list[tuple]:
@@ -251,6 +265,11 @@ def test_other_files_are_no_store(tmp_path):
 # ---- input ----
 
 
+def results_of(output: str) -> list[dict]:
+    (found,) = json.loads(output)["findings"]
+    return found["results"]
+
+
 def test_types_that_do_not_fit_the_model_are_listed(tmp_path, random_text):
     model = checkpoints.gguf(tmp_path, "llama, head size 80")
     done = CliRunner().invoke(
@@ -259,7 +278,7 @@ def test_types_that_do_not_fit_the_model_are_listed(tmp_path, random_text):
         + ["--results", str(tmp_path / "results.sqlite")],
     )
     assert done.exit_code == 1
-    assert [json.loads(line)["type_k"] for line in done.stdout.splitlines()] == ["f16", "f32"]
+    assert [one["type_k"] for one in results_of(done.stdout)] == ["f16", "f32"]
     assert "turbo4: This model's heads hold 80 values" in done.stderr
 
 
@@ -271,7 +290,7 @@ def test_recent_window_is_an_option_and_part_of_what_is_known(tiny, random_text,
     for option in (["--cache-window", "0"], ["--cache-window", "40"], []):
         done = CliRunner().invoke(cli.cli, [*arguments, *option])
         assert done.exit_code == 0, done.output
-        losses.append(json.loads(done.stdout)["kld_mean"])
+        losses.append(results_of(done.stdout)[-1]["kld_mean"])
         assert "TURBO_CACHE_WINDOW" not in os.environ
     assert losses[1] < losses[0] / 100
     assert losses[2] == pytest.approx(losses[1])  # the default
@@ -281,13 +300,13 @@ def test_json(tiny, random_text, tmp_path):
     arguments = ["ppl", str(tiny), "--text", str(random_text), "--context", "32", "--types", "q8_0,turbo4:turbo3"]
     done = CliRunner().invoke(cli.cli, [*arguments, "--json", "--results", str(tmp_path / "results.sqlite")])
     assert done.exit_code == 0, done.output
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    lines = results_of(done.stdout)[1:]  # f16 is the first
     wanted = "type_k type_v ppl ppl_stderr kld_mean kld_median kld_p99 kld_max top1 tokens".split()
     assert all(set(wanted) <= set(line) for line in lines)
     assert [(line["type_k"], line["type_v"]) for line in lines] == [("q8_0", "q8_0"), ("turbo4", "turbo3")]
     with Model(tiny) as model:
-        windows = len(model.tokenize(random_text.read_text())) // 32
-    assert all(line["tokens"] == 15 * windows for line in lines)
+        chunks = len(model.tokenize(random_text.read_text())) // 32
+    assert all(line["tokens"] == 15 * chunks for line in lines)
     shown = CliRunner(env={"COLUMNS": "80"}).invoke(
         cli.cli, [*arguments, "--results", str(tmp_path / "results.sqlite")]
     )
@@ -298,7 +317,7 @@ def test_json(tiny, random_text, tmp_path):
     "change, because",
     [
         ({"text": "no such file"}, "There is no text file no such file"),
-        ({"context": 4096}, "less than one window of 4096"),
+        ({"context": 4096}, "less than one chunk of 4096"),
         ({"types": ("turb4",)}, "did you mean turbo4"),
         ({"base": "f64"}, "There is no cache type 'f64'"),
     ],

@@ -13,9 +13,9 @@ import pytest
 
 import checkpoints
 from sequences import Sequences
-from turboquant_gguf import native
-from turboquant_gguf.cachetypes import CacheTypes
-from turboquant_gguf.verify import EXACT, compare
+from turboquant_gguf.llamacpp import native
+from turboquant_gguf.llamacpp.cachetypes import CacheTypes
+from turboquant_gguf.weights.verify import EXACT, compare
 
 F16, TURBO3, Q4_0 = map(CacheTypes.parse, ("f16", "turbo3", "q4_0"))
 PROMPT = list(range(1000, 1120))

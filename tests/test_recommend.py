@@ -8,14 +8,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_architectures
 from click.testing import CliRunner
 from rich.console import Console
-from turboquant_gguf import cli, native, provenance, quality
-from turboquant_gguf.cachetypes import CacheTypes
-from turboquant_gguf.modelmemory import ModelMemory
-from turboquant_gguf.recommend import recommend, reference
-from turboquant_gguf.store import Store
+
+import tiny_architectures
+from turboquant_gguf import cli
+from turboquant_gguf.kinds import quality
+from turboquant_gguf.kinds.quality import Quality
+from turboquant_gguf.llamacpp import native, provenance
+from turboquant_gguf.llamacpp.cachetypes import CacheTypes
+from turboquant_gguf.llamacpp.modelmemory import ModelMemory
+from turboquant_gguf.measure.recommend import recommend, reference
+from turboquant_gguf.measure.store import Store
+from turboquant_gguf.measure.sweep import measure
 
 CONTEXT = 8192
 
@@ -23,7 +28,7 @@ CONTEXT = 8192
 @pytest.fixture(autouse=True)
 def no_measurements(tmp_path, monkeypatch, smollm2):
     """None of the user's own count here; smollm2 is fetched before its cache folder moves."""
-    monkeypatch.setattr(quality, "cache_folder", lambda: tmp_path)
+    monkeypatch.setenv("TURBOQUANT_CACHE_DIR", str(tmp_path))
 
 
 @pytest.fixture(scope="session")
@@ -37,16 +42,16 @@ def total(model: Path, types: str) -> int:
         return memory.size(CacheTypes.parse(types), CONTEXT).total
 
 
-def measured(model: Path, path: Path, losses: dict[str, float], windows: int = 1, **settings) -> Path:
+def measured(model: Path, path: Path, losses: dict[str, float], chunks: int = 1, **settings) -> Path:
     """A file of measurements in which each type has the same loss for every token."""
     settings = {"text": "t", "base": "f16", "context": 512, "decode": False, "build": provenance.build()} | settings
     with Store(path) as store:
         for name, loss in losses.items():
             scores = np.full(15, 0, quality.SCORES)
             scores["kld"] = loss
-            for window in range(windows):
+            for chunk in range(chunks):
                 pair = CacheTypes.parse(name)
-                store.add(quality.KIND, provenance.model(model), pair, settings, scores.tobytes(), part=window)
+                store.add(Quality.name, provenance.model(model), pair, settings, scores.tobytes(), part=chunk)
     return path
 
 
@@ -93,7 +98,7 @@ def test_measurements_of_the_model_go_before_predictions(smollm2, calibrated, tm
     assert "0.0100 from f16, measured on this model" in found.reason
     assert recommend(calibrated, memory=memory, context=CONTEXT, results=[mine]).best.measured is None  # another model
     # what ppl keeps by default is found without being named
-    measured(smollm2, tmp_path / "measurements.sqlite", {"f16": 0, "turbo4": 0.0001}, windows=2)
+    measured(smollm2, tmp_path / "measurements.sqlite", {"f16": 0, "turbo4": 0.0001}, chunks=2)
     assert recommend(smollm2, memory=memory, context=CONTEXT, results=[mine]).best.types == "turbo4"
 
 
@@ -153,15 +158,15 @@ def test_ppl_against_another_base_is_no_loss(tiny, tmp_path):
     """ppl --base q8_0 says that q8_0 loses 0.0000: of itself."""
     text = tmp_path / "text.txt"
     text.write_bytes(bytes(np.random.default_rng(0).integers(97, 123, 3000, np.uint8)))
-    common = ["--text", str(text), "--types", "q8_0,turbo4", "--windows", "1"]
+    common = ["--text", str(text), "--types", "q8_0,turbo4", "--chunks", "1"]
 
     def run(*arguments: str) -> str:
         done = CliRunner().invoke(cli.cli, list(map(str, arguments)))
         assert done.exit_code == 0, done.output
         return " ".join(done.stdout.split())
 
-    quiet = {"console": Console(quiet=True), "text": str(text), "types": ["q8_0", "turbo4"], "windows": 1}
-    quality.ppl(tiny, base="q8_0", context=600, **quiet)
+    quiet = {"console": Console(quiet=True), "text": str(text), "types": ["q8_0", "turbo4"], "chunks": 1}
+    measure("quality", tiny, base="q8_0", context=600, **quiet)
     question = ["recommend", tiny, "--memory", "1GiB", "--context", "1000", "--types", "q8_0,turbo4"]
     shown = run(*question)
     assert "measured on this model" not in shown and "left out: compared with q8_0." in shown

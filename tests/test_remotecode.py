@@ -11,11 +11,12 @@ import torch
 from rich.console import Console
 
 import checkpoints
-from turboquant_gguf import cli, converter
-from turboquant_gguf.convert import convert
+from turboquant_gguf import cli
 from turboquant_gguf.errors import TurboquantError
-from turboquant_gguf.remotecode import RemoteCodeError, allowed
-from turboquant_gguf.verify import run_checkpoint
+from turboquant_gguf.weights import converter
+from turboquant_gguf.weights.convert import convert
+from turboquant_gguf.weights.remotecode import RemoteCodeError, allowed
+from turboquant_gguf.weights.verify import run_checkpoint
 
 HOSTILE = """\
 open({marker!r}, "a").write(__name__ + "\\n")

@@ -17,21 +17,14 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
-from turboquant_gguf import (
-    bench,
-    findings,
-    niah,
-    provenance,
-    quality,
-    report,
-    reportcontents,
-    reportplots,
-    reporttables,
-)
-from turboquant_gguf.cachetypes import CacheTypes
 from turboquant_gguf.commands.report import report as command
 from turboquant_gguf.errors import TurboquantError
-from turboquant_gguf.store import Store
+from turboquant_gguf.kinds import Finding, quality, retrieval
+from turboquant_gguf.llamacpp import provenance
+from turboquant_gguf.llamacpp.cachetypes import CacheTypes
+from turboquant_gguf.measure.store import Store
+from turboquant_gguf.measure.sweep import measure
+from turboquant_gguf.report import contents, page, plots, tables
 
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
@@ -99,11 +92,11 @@ def add_speed(store: Store, times: dict[str, float], *, kinds: Sequence[str] = (
     for types, ratio in times.items():
         cells = []
         for depth, factor in ((0, 1), (4096, ratio)):
-            ratios = bench.Spread(factor, factor * 0.9, factor * 1.1)
+            ratios = {"median": factor, "low": factor * 0.9, "high": factor * 1.1}
             values = dict.fromkeys((f"{kind}_ratio" for kind in kinds), ratios)
-            values |= {f"{kind}_speed": bench.Spread(100 * factor, 90, 400) for kind in kinds}
+            values |= {f"{kind}_speed": {"median": 100 * factor, "low": 90, "high": 400} for kind in kinds}
             empty = dict.fromkeys(("prefill_speed", "prefill_ratio", "decode_speed", "decode_ratio", "cache_traffic"))
-            cells.append(asdict(bench.Result(types, depth, **empty | values)))
+            cells.append({"name": types, "depth": depth, **empty, **values})
         add(store, "speed", types, settings, cells, **where)
 
 
@@ -113,7 +106,7 @@ def add_retrieval(store: Store, length: int, found: dict[str, int], **where) -> 
         pair = CacheTypes.parse(types)
         prompts = [(depth, trial) for depth in (0, 50, 100) for trial in (1, 2)]
         cells = [
-            niah.Cell(types, pair.k, pair.v, length, depth, trial, length - 3, "needle", "1", "1", i < number)
+            retrieval.Answer(types, pair.k, pair.v, length, depth, trial, length - 3, "needle", "1", "1", i < number)
             for i, (depth, trial) in enumerate(prompts)
         ]
         settings = {"length": length, "depths": [0, 50, 100], "trials": 2}
@@ -170,12 +163,12 @@ def test_damaged_files_are_sentences(full, seed):
 
 def write(results: Path, name: str, **options) -> Path:
     path = results.with_name(name)
-    report.report(results, outputs=[path], console=Console(quiet=True), **options)
+    page.report(results, outputs=[path], console=Console(quiet=True), **options)
     return path
 
 
-def sections(results: Path) -> list[reportcontents.Section]:
-    return report.report(results, console=Console(quiet=True))
+def sections(results: Path) -> list[contents.Section]:
+    return page.report(results, console=Console(quiet=True))
 
 
 def shown(results: Path, *arguments: str) -> str:
@@ -271,7 +264,7 @@ def test_page(full):
     assert page.table("Builds")[1:] == [["0.1.0", "bbbbbbbbbbbb", "–"]]
     for fact in ("Test-1B.Q8_0", "llama", "1.234 B", "1 GiB", "4096 tokens", "not calibrated", "0123456789abcdef"):
         assert fact in page.text
-    for text in ("a_text.txt, 1 window of 256 tokens, in batches", "prompts of 512, 1024 tokens"):
+    for text in ("a_text.txt, 1 chunk of 256 tokens, in batches", "prompts of 512, 1024 tokens"):
         assert text in page.text
     assert "KL divergence within noise of each other: turbo4:turbo2 and q4_0." in page.text
 
@@ -337,13 +330,16 @@ def test_json(full):
     (model,) = written["models"]
     assert model["model"] == MODEL
     (measured,) = model["quality"]
-    assert measured["windows"] == 1 and measured["machines"] == [MACHINE]
+    assert measured["chunks"] == 1 and measured["machines"] == [MACHINE]
     turbo4 = next(result for result in measured["results"] if result["types"] == "turbo4")
     assert turbo4["bits"] == 4.25 and turbo4["kld_mean"] == pytest.approx(0.04)
-    assert model["speed"][0]["values"]["turbo4"][1]["decode_ratio"] == {"median": 2, "low": 1.8, "high": 2.2}
+    speeds = [one for one in model["speed"][0]["results"] if one["types"] == "turbo4"]
+    assert speeds[1]["decode_ratio"] == {"median": 2, "low": 1.8, "high": 2.2}
     assert model["retrieval"][0]["settings"]["length"] == [512, 1024]
-    assert sum(cell["found"] for cell in model["retrieval"][0]["values"]["turbo4"]) == 10
-    assert model["task"][0]["values"]["turbo4"][0]["difference"]["within_noise"] is True
+    (needles,) = [one for one in model["retrieval"][0]["results"] if one["types"] == "turbo4"]
+    assert sum(answer["found"] for answer in needles["answers"]) == 10 and needles["score"]["lost"] == 2
+    (task,) = [one for one in model["task"][0]["results"] if one["types"] == "turbo4"]
+    assert task["difference"]["within_noise"] is True
 
 
 def test_terminal(full):
@@ -367,9 +363,9 @@ def test_image(results, panels):
     with Image.open(write(results, "report.png")) as image:
         width, height = image.size
         colors = {color for _, color in image.convert("RGB").getcolors(1 << 24)}
-    assert width == pytest.approx(150 * reportplots.WIDTH * panels, abs=2)
-    assert height == pytest.approx(150 * 2 * (reportplots.HEIGHT + 0.4), abs=2)
-    assert (255, 255, 255) in colors and tuple(bytes.fromhex(reportplots.PRINT.turbo[1:])) in colors
+    assert width == pytest.approx(150 * plots.WIDTH * panels, abs=2)
+    assert height == pytest.approx(150 * 2 * (plots.HEIGHT + 0.4), abs=2)
+    assert (255, 255, 255) in colors and tuple(bytes.fromhex(plots.PRINT.turbo[1:])) in colors
     assert xml.etree.ElementTree.parse(write(results, "report.svg")).getroot().tag.endswith("svg")
 
 
@@ -393,7 +389,7 @@ def test_latest_build_counts(results):
     (section,) = sections(results)
     builds = {kind: [one.settings["build"] for one in found] for kind, found in section.findings.items()}
     assert builds == {"quality": [OLD], "speed": [NEW], "retrieval": [NEW], "task": []}
-    sources = [part.source for part in reporttables.parts(section, [MACHINE])]
+    sources = [part.source for part in tables.parts(section, [MACHINE])]
     assert "turboquant-gguf 0.0.9 (llama.cpp aaaaaaaaaaaa)" in sources[0]
     assert "turboquant-gguf 0.1.0 (llama.cpp bbbbbbbbbbbb)" in sources[1]
 
@@ -404,7 +400,7 @@ def test_switches_of_the_environment_are_settings(results):
         add_quality(store, {"f16": 0, "turbo4": 0.04}, build=OLD)
         add_quality(store, {"f16": 0, "turbo4": 0.4}, build=NEW | {"LLAMA_ATTN_ROT_DISABLE": "1"})
     (section,) = sections(results)
-    plain, switched = reporttables.parts(section, [MACHINE])
+    plain, switched = tables.parts(section, [MACHINE])
     assert "LLAMA" not in plain.conditions and switched.conditions.endswith(", LLAMA_ATTN_ROT_DISABLE=1")
     assert plain.table.rows[""][1] == TURBO4
 
@@ -433,14 +429,14 @@ def test_models_and_machines(results):
     assert "## Other-2B" in chosen and "-1B" not in chosen
 
 
-def test_same_settings_on_other_windows(results):
-    """Interrupted in the second window, after f16 and q4_0: these two have more, and all are shown over the first."""
+def test_same_settings_on_other_chunks(results):
+    """Interrupted in the second chunk, after f16 and q4_0: these two have more, and all are shown over the first."""
     with Store(results) as store:
         add_quality(store, {"f16": 0, "q4_0": 0.06, "turbo4": 0.04})
         add_quality(store, {"f16": 0, "q4_0": 0.08}, part=1)
-    first, both = sorted(sections(results)[0].findings["quality"], key=lambda one: one.windows)
-    assert [(r.type_k, round(r.kld_mean, 6)) for r in first.results] == [("f16", 0), ("turbo4", 0.04)]
-    assert [(r.type_k, round(r.kld_mean, 6)) for r in both.results] == [("f16", 0), ("q4_0", 0.07)]
+    first, both = sorted(sections(results)[0].findings["quality"], key=lambda one: one.parts)
+    assert [(r.type_k, round(r.kld_mean, 6)) for r in first.values.values()] == [("f16", 0), ("turbo4", 0.04)]
+    assert [(r.type_k, round(r.kld_mean, 6)) for r in both.values.values()] == [("f16", 0), ("q4_0", 0.07)]
     with Store(results) as store:
         add_quality(store, {"f16": 0}, part=2)  # alone it says nothing
     assert len(sections(results)[0].findings["quality"]) == 2
@@ -490,11 +486,11 @@ def test_partial_data(results, what):
     for suffix in (".md", ".csv", ".json"):
         assert write(results, f"report{suffix}").stat().st_size
     assert shown(results)
-    if what in ("only speed, of decoding", "speed without f16", "f32 is the base"):
+    if what in ("only speed, of decoding", "speed without f16", "f32 is the base") or "needles" in caption.lower():
         assert write(results, "report.png").read_bytes().startswith(b"\x89PNG")
-        assert page.attributes("img")
+        assert bool(page.attributes("img")) == (caption != "Needles")
     else:
-        with pytest.raises(TurboquantError, match="neither quality nor speed to draw"):
+        with pytest.raises(TurboquantError, match="There is nothing to draw"):
             write(results, "report.png")
         assert not results.with_name("report.png").exists() and not page.attributes("img")
 
@@ -503,19 +499,19 @@ def test_real_measurements(smollm2, results):
     """What ppl measures is what the report says."""
     text = results.with_name("text.txt")
     text.write_text(files("turboquant_gguf").joinpath("data/calibration.txt").read_text("utf-8")[:1500])
-    options = {"types": ["f16", "turbo4"], "context": 64, "windows": 2, "results": results}
-    measured = quality.ppl(smollm2, text=str(text), console=Console(quiet=True), **options)
+    options = {"types": ["f16", "turbo4"], "context": 64, "chunks": 2, "results": results}
+    (measured,) = measure("quality", smollm2, text=str(text), console=Console(quiet=True), **options).findings
     (model,) = json.loads(write(results, "report.json").read_text())["models"]
     assert model["model"] == provenance.model(smollm2)
     (found,) = model["quality"]
-    assert found["windows"] == 2 and found["machines"] == [provenance.machine()]
+    assert found["chunks"] == 2 and found["machines"] == [provenance.machine()]
     assert [
-        quality.Quality(**{k: v for k, v in one.items() if k not in ("types", "bits", "like")})
+        quality.Loss(**{k: v for k, v in one.items() if k not in ("types", "bits", "like")})
         for one in found["results"]
-    ] == [replace(one, like=()) for one in measured.results]
+    ] == [replace(one, like=()) for one in measured.values.values()]
     page = Page(write(results, "report.html"))
     shown = float(page.table("Quality against f16")[2][4].split()[0])
-    assert shown == pytest.approx(measured.results[1].kld_mean, rel=0.01)
+    assert shown == pytest.approx(list(measured.values.values())[1].kld_mean, rel=0.01)
 
 
 # ---- the page ----
@@ -571,7 +567,7 @@ def _luminance(color: str) -> float:
 
 def test_same_data_same_bytes(full):
     """So that a page under version control changes only when measurements do."""
-    for suffix in report.FORMATS:
+    for suffix in page.FORMATS:
         assert write(full, f"a{suffix}").read_bytes() == write(full, f"b{suffix}").read_bytes()
 
 
@@ -635,7 +631,7 @@ def test_in_a_browser(browser, results, width, scheme):
 # ---- figures ----
 
 
-def finding(klds: dict[str, float], results: Path) -> findings.QualityFinding:
+def finding(klds: dict[str, float], results: Path) -> Finding:
     with Store(results) as store:
         add_quality(store, klds)
     return sections(results)[0].findings["quality"][0]
@@ -652,7 +648,7 @@ def test_frontier(results):
         "turbo3": 0.1,
         "turbo2": 0.1,
     }
-    frontier = reportplots.frontier(finding(klds, results))
+    frontier = quality.frontier(finding(klds, results))
     # As exact with fewer bits: turbo2 beats turbo3. Of equal bits: turbo3 beats turbo4:turbo2.
     assert list(map(str, frontier)) == ["turbo2", "turbo4", "q8_0"]
 
@@ -662,11 +658,12 @@ def test_labels_of_points_do_not_overlap(results):
     from matplotlib.text import Annotation, Text
 
     near = {"q5_0": 0.034, "q4_1": 0.033, "q4_0": 0.032, "iq4_nl": 0.031, "turbo4": 0.03, "turbo4:turbo3": 0.035}
-    (panel,) = reportplots.panels("quality", finding({"f16": 0, "q8_0": 0.01, "turbo2": 0.2} | near, results))
-    figure = Figure(figsize=(reportplots.WIDTH, reportplots.HEIGHT), dpi=72, layout="constrained")
+    measured = finding({"f16": 0, "q8_0": 0.01, "turbo2": 0.2} | near, results)
+    (panel,) = measured.kind.panels(measured)
+    figure = Figure(figsize=(plots.WIDTH, plots.HEIGHT), dpi=72, layout="constrained")
     axes = figure.subplots()
-    panel.draw(axes, reportplots.LIGHT)
-    reportplots._save(figure, results.with_name("labels.svg"), "svg")
+    panel.draw(axes, plots.LIGHT)
+    plots._save(figure, results.with_name("labels.svg"), "svg")
     labels = [text for text in axes.texts if isinstance(text, Annotation)]
     assert {label.get_text() for label in labels} == {"q8_0", "turbo2", *near}
     figure.draw_without_rendering()
@@ -677,9 +674,9 @@ def test_labels_of_points_do_not_overlap(results):
 
 def test_themes_differ_in_color_alone(full):
     (measured,) = sections(full)[0].findings["quality"]
-    (panel,) = reportplots.panels("quality", measured)
-    images = [reportplots.svg(panel, theme).decode() for theme in (reportplots.LIGHT, reportplots.DARK)]
-    for image, theme in zip(images, (reportplots.LIGHT, reportplots.DARK), strict=True):
+    (panel,) = measured.kind.panels(measured)
+    images = [plots.svg(panel, theme).decode() for theme in (plots.LIGHT, plots.DARK)]
+    for image, theme in zip(images, (plots.LIGHT, plots.DARK), strict=True):
         assert all(color in image for color in (theme.ink, theme.turbo, theme.stock))
     light, dark = (re.sub(r"#\w+", "", re.sub(r'id="\w+"', "", image)) for image in images)  # identifiers are hashes
     assert light == dark
@@ -714,7 +711,7 @@ def test_bad_outputs(full, output, because):
     full.with_name("folder.md").mkdir()
     good = full.with_name("good.md")
     with pytest.raises(TurboquantError, match=because):
-        report.report(full, outputs=[good, full.parent / output], console=Console(quiet=True))
+        page.report(full, outputs=[good, full.parent / output], console=Console(quiet=True))
     assert not good.exists()
 
 
@@ -745,7 +742,7 @@ def test_missing_package(full, monkeypatch, package, output):
 
 def test_failed_output_leaves_the_old_one(full, monkeypatch):
     old = write(full, "report.md").read_text("utf-8")
-    monkeypatch.setitem(report._WRITERS, ".md", lambda sections, path: path.write_text("half") and 1 / 0)
+    monkeypatch.setitem(page._WRITERS, ".md", lambda sections, path: path.write_text("half") and 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write(full, "report.md")
     assert full.with_name("report.md").read_text("utf-8") == old

@@ -7,12 +7,12 @@ from pathlib import Path
 import httpx
 import pytest
 
-from sequences import window_slots
 import turboquant_gguf
-from turboquant_gguf import cachefacts, models, server
-from turboquant_gguf.cachetypes import CacheTypes, UnknownTypeError
+from sequences import window_slots
 from turboquant_gguf.errors import TurboquantError
-from turboquant_gguf.toolerrors import tool_error
+from turboquant_gguf.llamacpp import cachefacts, models, server
+from turboquant_gguf.llamacpp.cachetypes import CacheTypes, UnknownTypeError
+from turboquant_gguf.llamacpp.toolerrors import tool_error
 
 PAIRS = ("f16", "turbo4", "turbo3", "turbo2", "turbo4:turbo2", "q8_0:turbo3")
 STOCK_BITS = {"f16": 16, "q8_0": 8.5}

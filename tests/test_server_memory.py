@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from memory_kinds import KINDS, write
-from turboquant_gguf import child, native
+from turboquant_gguf.core import child
+from turboquant_gguf.llamacpp import native
 
 SECONDS = 60
 

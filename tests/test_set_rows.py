@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import turboquant_gguf
-from turboquant_gguf import ggml
+from turboquant_gguf.llamacpp import ggml
 
 ROWS = 23
 

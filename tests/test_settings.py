@@ -13,11 +13,12 @@ from threading import Thread
 import pytest
 
 import tiny_model
-from turboquant_gguf import cachefacts, child, ggml, native, recentwindow
-from turboquant_gguf.cachetypes import CacheTypes
+from turboquant_gguf.core import child
 from turboquant_gguf.errors import TurboquantError
-from turboquant_gguf.logits import Model
-from turboquant_gguf.recentwindow import RecentWindow
+from turboquant_gguf.llamacpp import cachefacts, ggml, native, recentwindow
+from turboquant_gguf.llamacpp.cachetypes import CacheTypes
+from turboquant_gguf.llamacpp.logits import Model
+from turboquant_gguf.llamacpp.recentwindow import RecentWindow
 
 TURBO4 = CacheTypes("turbo4", "turbo4")
 DEFAULT = (64, 4)
@@ -94,8 +95,8 @@ def test_old_names_of_variables_are_read_with_one_warning(opened, tiny, monkeypa
     monkeypatch.setenv("TURBO_CACHE_WINDOW", "8")
     assert opened() == [(8, 4)]
     script = (
-        "import sys; from pathlib import Path; from turboquant_gguf.logits import Model; "
-        "from turboquant_gguf.cachetypes import CacheTypes\n"
+        "import sys; from pathlib import Path; from turboquant_gguf.llamacpp.logits import Model; "
+        "from turboquant_gguf.llamacpp.cachetypes import CacheTypes\n"
         "with Model(Path(sys.argv[1])) as model:\n"
         "    for _ in range(2):\n"
         "        with model.open(512, CacheTypes('turbo4', 'turbo4')): pass\n"

@@ -34,7 +34,7 @@ PLACES = {
 
 PROGRAM = """
 import signal, time
-from turboquant_gguf.signals import unwind
+from turboquant_gguf.core.signals import unwind
 
 number = signal.Signals({number})
 unwind()

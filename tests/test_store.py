@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from turboquant_gguf import store as library
-from turboquant_gguf.cachetypes import CacheTypes
 from turboquant_gguf.errors import TurboquantError
-from turboquant_gguf.store import Store
+from turboquant_gguf.llamacpp.cachetypes import CacheTypes
+from turboquant_gguf.measure import store as library
+from turboquant_gguf.measure.store import Store
 
 F16 = CacheTypes("f16", "f16")
 MODEL = {"name": "m", "fingerprint": "1"}
@@ -128,7 +128,7 @@ def test_files_of_version_1_are_taken_over(path):
 def claimed_elsewhere(path: Path) -> subprocess.Popen:
     """A process that has claimed WORK, and does nothing."""
     code = (
-        "import sys, time, pathlib; from turboquant_gguf.store import Store\n"
+        "import sys, time, pathlib; from turboquant_gguf.measure.store import Store\n"
         f"store = Store(pathlib.Path(sys.argv[1])); print(repr(store.claim(*{WORK!r})), flush=True); time.sleep(600)"
     )
     process = subprocess.Popen([sys.executable, "-c", code, path], stdout=subprocess.PIPE, text=True)

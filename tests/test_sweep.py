@@ -9,17 +9,22 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import checkpoints
 import numpy as np
 import pytest
 from click.testing import CliRunner
 from rich.console import Console
-from turboquant_gguf import cli, quality
-from turboquant_gguf.errors import TurboquantError
-from turboquant_gguf.store import Store
-from turboquant_gguf.sweep import Report, sweep
 
-LEAST = {"context": 32, "windows": 3, "lengths": (200,), "depths": (0,), "repetitions": 1, "threads": 1}
+import checkpoints
+from turboquant_gguf import cli
+from turboquant_gguf.errors import TurboquantError
+from turboquant_gguf.measure.store import Store
+from turboquant_gguf.measure.sweep import Outcome, measure, sweep
+
+LEAST = {
+    "quality": {"context": 32, "chunks": 3},
+    "retrieval": {"lengths": (200,)},
+    "speed": {"depths": (0,), "repetitions": 1},
+}
 
 
 @pytest.fixture(scope="session")
@@ -29,9 +34,13 @@ def text(tmp_path_factory) -> Path:
     return path
 
 
-def swept(model: Path, text: Path, results: Path, **options) -> Report:
-    options = LEAST | {"types": ("turbo4",), "measure": ("quality",)} | options
-    return sweep([model], text=str(text), results=results, console=Console(quiet=True), **options)
+def swept(
+    model: Path, text: Path, results: Path, *, measure=("quality",), chunks: int = 3, types=("turbo4",), **common
+) -> Outcome:
+    kinds = {name: LEAST[name] for name in measure}
+    if "quality" in kinds:
+        kinds["quality"] = kinds["quality"] | {"text": str(text), "chunks": chunks}
+    return sweep([model], kinds, types=types, threads=1, results=results, console=Console(quiet=True), **common)
 
 
 def rows(path: Path) -> list[tuple]:
@@ -67,11 +76,11 @@ def children_of(process: subprocess.Popen) -> list[int]:
 
 
 def goes_on(model: Path, text: Path, results: Path) -> None:
-    """Requires that a sweep takes what the file has, and adds what a few more windows lack."""
+    """Requires that a sweep takes what the file has, and adds what a few more chunks lack."""
     kept = rows(results)
-    windows = max(part for _, _, _, part, _ in kept) + 3
-    report = swept(model, text, results, windows=windows)
-    assert (report.known, report.known + report.added) == (len(kept), 2 * windows)
+    chunks = max(part for _, _, _, part, _ in kept) + 3
+    report = swept(model, text, results, chunks=chunks)
+    assert (report.known, report.known + report.added) == (len(kept), 2 * chunks)
     assert rows(results)[: len(kept)] == kept
 
 
@@ -89,13 +98,12 @@ def test_all_kinds(tiny, text, tmp_path):
     with Store(results) as store:
         speed = {row.types.k: json.loads(row.value) for row in store.all("speed")}
         needles = {row.types.k: json.loads(row.value) for row in store.all("retrieval")}
-    assert all(found["decode_speed"]["median"] > 0 and found["depth"] == 0 for (found,) in speed.values())
+    assert all(found["decode_speed"] > 0 and found["depth"] == 0 for (found,) in speed.values())
     assert [needle["depth"] for needle in needles["turbo4"]] == [0, 25, 50, 75, 100]
     # the same as the command of that name
-    alone = quality.ppl(
-        tiny, text=str(text), types=["turbo4"], context=32, windows=3, results=results, console=Console(quiet=True)
-    )
-    assert len(rows(results)) == 10 and alone.windows == 3
+    how = {"types": ["turbo4"], "threads": 1, "results": results, "console": Console(quiet=True)}
+    alone = measure("quality", tiny, text=str(text), context=32, chunks=3, **how)
+    assert len(rows(results)) == 10 and alone.findings[0].parts == 3
 
 
 def test_only_what_is_missing_is_measured(tiny, text, tmp_path):
@@ -104,14 +112,14 @@ def test_only_what_is_missing_is_measured(tiny, text, tmp_path):
     before = rows(results)
     again = swept(tiny, text, results)
     assert (again.known, again.asked, again.added) == (6, 0, 0) and rows(results) == before
-    more = swept(tiny, text, results, types=("turbo4", "q8_0"), windows=4)
+    more = swept(tiny, text, results, types=("turbo4", "q8_0"), chunks=4)
     assert (more.known, more.added) == (6, 6)
     assert rows(results)[:6] == before
 
 
 def test_speed_is_measured_on_every_machine(tiny, text, tmp_path):
     results = tmp_path / "results.sqlite"
-    both = {"measure": ("quality", "speed"), "windows": 1}
+    both = {"measure": ("quality", "speed"), "chunks": 1}
     assert swept(tiny, text, results, **both).added == 4
     with sqlite3.connect(results) as database:  # as if another machine had measured all of it
         database.execute("UPDATE measurement SET machine = '{}'")
@@ -122,7 +130,7 @@ def test_speed_is_measured_on_every_machine(tiny, text, tmp_path):
 def test_types_that_do_not_fit_one_of_the_models(tiny, text, tmp_path):
     narrow = checkpoints.gguf(tmp_path, "llama, head size 80")
     options = ["sweep", narrow, tiny, "--text", text, "-o", tmp_path / "results.sqlite", "--types", "turbo4"]
-    options += ["--context", "32", "--windows", "2", "--measure", "quality", "--json"]
+    options += ["--context", "32", "--chunks", "2", "--measure", "quality", "--json"]
     done = CliRunner().invoke(cli.cli, list(map(str, options)))
     assert done.exit_code == 1
     assert "llama, head size 80.gguf, turbo4: This model's heads hold 80 values" in done.stderr
@@ -146,7 +154,7 @@ def test_bad_input(tiny, text, tmp_path, change, because):
 
 def test_a_text_that_is_too_short_is_an_error_before_anything(tiny, tmp_path):
     (tmp_path / "short.txt").write_text("short")
-    with pytest.raises(TurboquantError, match="less than one window"):
+    with pytest.raises(TurboquantError, match="less than one chunk"):
         swept(tiny, tmp_path / "short.txt", tmp_path / "results.sqlite")
 
 
@@ -156,7 +164,7 @@ def test_a_text_that_is_too_short_is_an_error_before_anything(tiny, tmp_path):
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds processes in /proc")
 def test_a_killed_process_loses_what_it_was_measuring_only(tiny, text, tmp_path):
     results = tmp_path / "results.sqlite"
-    process = started(tiny, text, results, "--windows", "1000", rows_first=5)
+    process = started(tiny, text, results, "--chunks", "1000", rows_first=5)
     (child,) = children_of(process)
     os.kill(child, signal.SIGKILL)
     output, errors = process.communicate()
@@ -171,7 +179,7 @@ def test_a_killed_process_loses_what_it_was_measuring_only(tiny, text, tmp_path)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_sweep_ends_its_processes(tiny, text, tmp_path, number):
     results = tmp_path / "results.sqlite"
-    process = started(tiny, text, results, "--windows", "1000", rows_first=5)
+    process = started(tiny, text, results, "--chunks", "1000", rows_first=5)
     (child,) = children_of(process)
     os.killpg(process.pid, number)  # as a terminal does
     output, errors = process.communicate()
@@ -185,7 +193,7 @@ def test_an_interrupted_sweep_ends_its_processes(tiny, text, tmp_path, number):
 
 def test_two_sweeps_into_one_file_measure_everything_once(tiny, text, tmp_path):
     results = tmp_path / "results.sqlite"
-    options = ("--windows", "40", "--json")
+    options = ("--chunks", "40", "--json")
     both = [
         subprocess.Popen(command(tiny, text, results, *options), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         for _ in range(2)
@@ -198,7 +206,7 @@ def test_two_sweeps_into_one_file_measure_everything_once(tiny, text, tmp_path):
 
 def test_a_killed_sweep_leaves_its_work_to_others(tiny, text, tmp_path):
     results = tmp_path / "results.sqlite"
-    process = started(tiny, text, results, "--windows", "1000", rows_first=5)
+    process = started(tiny, text, results, "--chunks", "1000", rows_first=5)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     goes_on(tiny, text, results)
@@ -218,7 +226,7 @@ def cluster():
 def test_a_cluster_gives_the_same(tiny, text, tmp_path, cluster, monkeypatch):
     monkeypatch.setenv("TURBO_CACHE_WINDOW", "0")  # where the workers do not see it
     here, there = tmp_path / "here.sqlite", tmp_path / "there.sqlite"
-    kinds = {"measure": ("quality", "retrieval", "speed"), "windows": 12}
+    kinds = {"measure": ("quality", "retrieval", "speed"), "chunks": 12}
     assert not swept(tiny, text, here, **kinds).failures
     report = swept(tiny, text, there, **kinds, cluster=cluster.scheduler_address)
     assert (report.failures, report.added) == ([], 28)
@@ -232,7 +240,7 @@ def test_a_cluster_gives_the_same(tiny, text, tmp_path, cluster, monkeypatch):
 def test_a_worker_that_dies_loses_nothing_but_its_cells(tiny, text, tmp_path, cluster):
     pids = {worker.process.pid for worker in cluster.workers.values()}
     results = tmp_path / "results.sqlite"
-    process = started(tiny, text, results, "--windows", "400", "--cluster", cluster.scheduler_address, rows_first=8)
+    process = started(tiny, text, results, "--chunks", "400", "--cluster", cluster.scheduler_address, rows_first=8)
     os.kill(min(pids), signal.SIGKILL)
     output, errors = process.communicate()
     if process.returncode == 0:  # the other worker did what it left

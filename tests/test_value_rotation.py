@@ -15,13 +15,14 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 import checkpoints
-from turboquant_gguf import converter, native, value_rotation
-from turboquant_gguf.cachetypes import CacheTypes
-from turboquant_gguf.convert import convert
 from turboquant_gguf.errors import TurboquantError
-from turboquant_gguf.logits import Model
-from turboquant_gguf.value_rotation import Columns, NotRotatable, Rows
-from turboquant_gguf.verify import EXACT, compare, run_checkpoint, run_gguf
+from turboquant_gguf.llamacpp import native
+from turboquant_gguf.llamacpp.cachetypes import CacheTypes
+from turboquant_gguf.llamacpp.logits import Model
+from turboquant_gguf.weights import converter, value_rotation
+from turboquant_gguf.weights.convert import convert
+from turboquant_gguf.weights.value_rotation import Columns, NotRotatable, Rows
+from turboquant_gguf.weights.verify import EXACT, compare, run_checkpoint, run_gguf
 
 PROMPT = list(range(1000, 1200))
 
@@ -180,7 +181,7 @@ def run_elsewhere(model: Path, types: str, libraries: Path = native.library_dir(
     """The logits of PROMPT from another process, with its own libllama and environment."""
     script = (
         "import sys, numpy; from pathlib import Path\n"
-        "from turboquant_gguf.cachetypes import CacheTypes; from turboquant_gguf.verify import run_gguf\n"
+        "from turboquant_gguf.llamacpp.cachetypes import CacheTypes; from turboquant_gguf.weights.verify import run_gguf\n"
         "logits = run_gguf(Path(sys.argv[1]), range(1000, 1200), CacheTypes.parse(sys.argv[2]))\n"
         "numpy.save(sys.argv[3], logits)\n"
     )

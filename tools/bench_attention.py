@@ -25,9 +25,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from turboquant_gguf import attention_numpy, ggml
-from turboquant_gguf.attention import Attention, Problem
-from turboquant_gguf.codec import BLOCK
+from turboquant_gguf.codec import BLOCK, attention_numpy
+from turboquant_gguf.codec.attention import Attention, Problem
+from turboquant_gguf.llamacpp import ggml
 
 BASE = "f16"
 CONSOLE = Console(stderr=True)

@@ -32,8 +32,8 @@ RUN = """
 import sys
 from pathlib import Path
 from rich.console import Console
-from turboquant_gguf import converter
-from turboquant_gguf.convert import OUTTYPES, convert
+from turboquant_gguf.weights import converter
+from turboquant_gguf.weights.convert import OUTTYPES, convert
 conversion, gguf = converter.load()
 conversion.TextModel.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"
 how, folder, output, outtype = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]

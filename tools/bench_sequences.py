@@ -21,9 +21,9 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from turboquant_gguf import ggml
-from turboquant_gguf.cachetypes import CacheTypes
-from turboquant_gguf.logits import Model
+from turboquant_gguf.llamacpp import ggml
+from turboquant_gguf.llamacpp.cachetypes import CacheTypes
+from turboquant_gguf.llamacpp.logits import Model
 
 BASE = CacheTypes("f16", "f16")
 CONSOLE = Console(stderr=True)

@@ -18,10 +18,17 @@ from pathlib import Path
 
 import click
 from rich.console import Console
-from turboquant_gguf import models, outputfile, quality, recentwindow
-from turboquant_gguf.cachetypes import CacheTypes
-from turboquant_gguf.calibration import calibrate
-from turboquant_gguf.report import report
+
+from turboquant_gguf.core import outputfile
+from turboquant_gguf.core.folders import cache_folder
+from turboquant_gguf.kinds import Finding
+from turboquant_gguf.kinds.quality import Loss
+from turboquant_gguf.llamacpp import models, recentwindow
+from turboquant_gguf.llamacpp.cachetypes import CacheTypes
+from turboquant_gguf.measure import store
+from turboquant_gguf.measure.sweep import measure
+from turboquant_gguf.report.page import report
+from turboquant_gguf.weights.calibration import calibrate
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "python" / "turboquant_gguf" / "data" / "reference.json"
@@ -35,27 +42,26 @@ BEGIN, END = "<!-- by tools/quality_table.py -->", "<!-- end -->"
 
 @click.command(help=__doc__)
 @click.argument("text", type=click.Path(path_type=Path, exists=True, dir_okay=False))
-@click.option("--windows", default=8, show_default=True)
+@click.option("--chunks", default=8, show_default=True)
 @click.option("--context", default=1024, show_default=True)
 @click.option("--results", type=click.Path(path_type=Path), default=None, help="A file of measurements.")
-def main(text: Path, windows: int, context: int, results: Path | None) -> None:
+def main(text: Path, chunks: int, context: int, results: Path | None) -> None:
     console = Console(stderr=True)
-    results = results or quality.default_results()
+    results = results or store.default_results()
     model = models.fetch("smollm2-135m")
-    calibrated = models.cache_folder() / "SmolLM2-135M-Instruct-calibrated.gguf"
+    calibrated = cache_folder() / "SmolLM2-135M-Instruct-calibrated.gguf"
     if not calibrated.exists():  # made again with other threads it would be a little different, and so another model
         calibrate(model, calibrated, console=console)
 
-    def measured(path: Path, types: Sequence[str] = TYPES, results: Path = results) -> quality.Report:
-        found = quality.ppl(
-            path, text=str(text), types=types, context=context, windows=windows, results=results, console=console
-        )
-        if found.interrupted:
-            raise click.Abort
-        return found
+    def measured(path: Path, types: Sequence[str] = TYPES, results: Path = results) -> Finding:
+        how = {"text": str(text), "types": types, "context": context, "chunks": chunks}
+        found = measure("quality", path, results=results, console=console, **how)
+        if found.interrupted or found.failures:
+            raise click.ClickException("; ".join(one.message for one in found.failures) or "It was interrupted.")
+        return found.findings[0]
 
     found = [measured(model), measured(calibrated)]
-    turbo = [name for name in TYPES if "turbo" in name]  # others have no window anyway
+    turbo = [name for name in TYPES if CacheTypes.parse(name).is_turbo]  # others have no window anyway
     apart = results.with_stem(f"{results.stem}-no-window")  # the plot shows what is in `results`
     with recentwindow.use(recentwindow.RecentWindow(recent=0)):
         without = [measured(model, turbo, apart), measured(calibrated, turbo, apart)]
@@ -64,21 +70,21 @@ def main(text: Path, windows: int, context: int, results: Path | None) -> None:
     _write(REFERENCE, json.dumps(_reference(*found), indent=2) + "\n")
 
 
-def _table(*reports: quality.Report) -> str:
-    """reports: without a window as it is, and calibrated; then with what the default is, and more types."""
-    settings = reports[-1].settings
+def _table(*findings: Finding) -> str:
+    """The table. findings: without a window as it is, and calibrated; then with what the default is, and more types."""
+    settings = findings[-1].settings
     lines = [
         "SmolLM2-135M-Instruct Q4_1, a small model with heads of 64 values, which suffers more than large ones; "
-        f"{settings['text']}, {reports[-1].windows} windows of {settings['context']} tokens:",
+        f"{settings['text']}, {findings[-1].parts} chunks of {settings['context']} tokens:",
         "",
         "| keys : values | bits | KL divergence, no recent window | and calibrated | with the recent window "
         "| **and calibrated** | same top token | perplexity, times f16 |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    by_types = [{CacheTypes(one.type_k, one.type_v): one for one in report.results} for report in reports]
+    by_types = [found.values for found in findings]
     for types, best in by_types[-1].items():
         results = [found.get(types) for found in by_types]
-        if "turbo" not in str(types):  # no window by default
+        if not types.is_turbo:  # no window by default
             results = [*results[2:], None, None]
         lines.append(
             f"| {_name(types)} | {types.bits:g} | {' | '.join(map(_loss, results))} "
@@ -89,10 +95,10 @@ def _table(*reports: quality.Report) -> str:
 
 def _name(types: CacheTypes) -> str:
     name = str(types).replace(":", " : ")
-    return f"**{name}**" if "turbo" in name else name
+    return f"**{name}**" if types.is_turbo else name
 
 
-def _loss(result: quality.Quality | None) -> str:
+def _loss(result: Loss | None) -> str:
     return f"{result.kld_mean:.4f} ± {result.kld_stderr:.4f}" if result else "no window"
 
 
@@ -104,11 +110,11 @@ def _in_readme(table: str) -> str:
     return block.sub(lambda _: f"{BEGIN}\n{table}\n{END}", readme)
 
 
-def _reference(plain: quality.Report, calibrated: quality.Report) -> dict:
-    reports = {"as it is": plain, "calibrated": calibrated}
+def _reference(plain: Finding, calibrated: Finding) -> dict:
+    both = {"as it is": plain, "calibrated": calibrated}
     return {"model": plain.model["name"], "text": plain.settings["text"]} | {
-        name: {str(CacheTypes(one.type_k, one.type_v)): round(one.kld_mean, 5) for one in found.results}
-        for name, found in reports.items()
+        name: {str(types): round(loss.kld_mean, 5) for types, loss in found.values.items()}
+        for name, found in both.items()
     }
 
 

@@ -1,7 +1,7 @@
 #pragma once
 
 // What a model and a context of it take in memory, as llama.cpp itself counts it, without reading weights or
-// allocating a cache. Plain C, for the Python package (python/turboquant_gguf/modelmemory.py).
+// allocating a cache. Plain C, for the Python package (python/turboquant_gguf/llamacpp/modelmemory.py).
 
 #include "llama.h"
 

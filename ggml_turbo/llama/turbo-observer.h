@@ -1,7 +1,7 @@
 #pragma once
 
 // Hands out the queries and keys that attention works with, layer by layer, while a model runs. Plain C, for the Python
-// package (python/turboquant_gguf/calibration.py).
+// package (python/turboquant_gguf/weights/calibration.py).
 
 #include "llama.h"
 

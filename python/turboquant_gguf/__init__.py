@@ -3,9 +3,10 @@
 Importing this package makes llama-cpp-python, if it is imported later, use the llama.cpp of this package.
 """
 
-from . import native
 from .codec import TurboType, dequantize, quantize, simd, types
+from .llamacpp import native
+from .weights import converter
 
 native.point_llama_cpp_at_us()
 
-__all__ = ["TurboType", "dequantize", "quantize", "simd", "types"]
+__all__ = ["TurboType", "converter", "dequantize", "quantize", "simd", "types"]

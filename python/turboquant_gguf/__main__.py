@@ -12,7 +12,7 @@ import sys
 import threading
 from pathlib import Path
 
-from . import child
+from .core import child
 
 CRASH_LOG = "TURBOQUANT_CRASH_LOG"
 """The environment variable that names the file descriptor for what C prints to stderr."""
@@ -74,8 +74,8 @@ class _Tail:
 
 
 def _say_why(number: signal.Signals, log: str) -> None:
-    from . import messages
-    from .toolerrors import crash
+    from .core import messages
+    from .llamacpp.toolerrors import crash
 
     error = crash([word for word in sys.argv[1:] if _is_gguf(Path(word))], number, log)
     messages.error(str(error), error.details)

@@ -13,23 +13,21 @@ from collections.abc import Sequence
 
 import click
 
-from . import messages
 from .__main__ import CRASH_LOG
-from .commands.bench import bench
 from .commands.calibrate import calibrate
 from .commands.convert import convert
 from .commands.demo import demo
-from .commands.eval import evaluate
 from .commands.inspect import inspect
-from .commands.niah import niah
-from .commands.ppl import ppl
+from .commands.measure import command as measurement
 from .commands.recommend import recommend
 from .commands.report import report
-from .commands.sweep import sweep
+from .commands.sweep import command as sweep
 from .commands.types import types
 from .commands.verify import verify
+from .core import messages
+from .core.signals import unwind
 from .errors import TurboquantError
-from .signals import unwind
+from .kinds import KINDS
 
 EPILOG = """\b
 Exit codes: 0 done, 1 it failed and said why, 2 the command was wrong,
@@ -43,19 +41,17 @@ def cli() -> None:
     """Small KV caches for llama.cpp: the types turbo2, turbo3 and turbo4."""
 
 
-cli.add_command(bench)
 cli.add_command(calibrate)
 cli.add_command(convert)
 cli.add_command(demo)
-cli.add_command(evaluate)
 cli.add_command(inspect)
-cli.add_command(niah)
-cli.add_command(ppl)
 cli.add_command(recommend)
 cli.add_command(report)
-cli.add_command(sweep)
+cli.add_command(sweep())
 cli.add_command(types)
 cli.add_command(verify)
+for kind in KINDS.values():
+    cli.add_command(measurement(kind))
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -35,10 +35,11 @@ SOURCE = ROOT / "ggml_turbo"
 sys.path.insert(0, str(SOURCE / "format"))
 import emit
 
-# The modules alone: the package's __init__ would want its compiled libraries.
-sys.modules["turboquant_gguf"] = package = ModuleType("turboquant_gguf")
-package.__path__ = [str(ROOT / "python" / "turboquant_gguf")]
-from turboquant_gguf import codec_numpy
+# The modules alone: the packages' __init__ would want the compiled libraries.
+for name, folder in (("turboquant_gguf", "."), ("turboquant_gguf.codec", "codec")):
+    sys.modules[name] = package = ModuleType(name)
+    package.__path__ = [str(ROOT / "python" / "turboquant_gguf" / folder)]
+from turboquant_gguf.codec import codec_numpy
 
 BLOCK = 64
 STATES = np.arange(256)

@@ -10,8 +10,8 @@ import click
 from rich.console import Console
 from rich.markup import escape
 
-from .. import calibration as library
-from .. import messages
+from ..core import messages
+from ..weights import calibration as library
 from . import options
 
 EPILOG = """\b

@@ -10,7 +10,7 @@ import click
 from rich.console import Console
 from rich.markup import escape
 
-from .. import convert as library
+from ..weights import convert as library
 from . import options
 
 EPILOG = """\b

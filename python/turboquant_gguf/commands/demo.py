@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from .. import demo as library
+from ..measure import demo as library
 from . import options
 
 EPILOG = """\b

@@ -8,9 +8,9 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from .. import inspection as library
-from .. import inspectiontables
 from ..errors import TurboquantError
+from ..measure import inspection as library
+from ..measure import inspectiontables
 from . import options
 
 EPILOG = """\b

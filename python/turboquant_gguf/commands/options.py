@@ -8,9 +8,11 @@ from pathlib import Path
 
 import click
 
-from .. import benchplot, outputfile, recentwindow, remotecode
-from ..errors import TurboquantError
-from ..inspection import parse_size
+from ..core import callbacks
+from ..core.units import parse_size
+from ..llamacpp import recentwindow
+from ..report import plots
+from ..weights import remotecode
 
 _FILE = click.Path(path_type=Path, dir_okay=False, writable=True)
 
@@ -58,20 +60,6 @@ def trust_remote_code(command: Callable) -> Callable:
     )(command)
 
 
-def numbers(*, least: int) -> Callable[[click.Context, click.Parameter, str | None], tuple[int, ...] | None]:
-    """A callback: numbers of tokens from `least` on, separated by commas."""
-
-    def parse(_context: click.Context, _parameter: click.Parameter, text: str | None) -> tuple[int, ...] | None:
-        if text is None:
-            return None
-        for word in (words := text.split(",")):
-            if not word.strip().isdecimal() or int(word) < least:
-                raise click.BadParameter(f"{word!r} is not a number of tokens. Write them like 1024,4096.")
-        return tuple(map(int, words))
-
-    return parse
-
-
 def memory(_context: click.Context, _parameter: click.Parameter, text: str | None) -> int | None:
     """A callback: bytes, written like 8GiB."""
     try:
@@ -80,25 +68,8 @@ def memory(_context: click.Context, _parameter: click.Parameter, text: str | Non
         raise click.BadParameter(str(error)) from error
 
 
-def output(_context: click.Context, _parameter: click.Parameter, path: Path | None) -> Path | None:
-    """A callback: a file that can be written, found out now, not after an hour of measuring."""
-    if path:
-        try:
-            outputfile.check_folder(path)
-        except TurboquantError as error:
-            raise click.BadParameter(str(error)) from error
-    return path
-
-
-def new_file(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
-    """A callback: the same for a file that must not exist, but for --force."""
-    if path and path.exists() and not context.params.get("force"):
-        raise click.BadParameter(f"{path} exists already. Give another name, or replace it with --force.")
-    return output(context, parameter, path)
-
-
 def force(command: Callable) -> Callable:
-    """The option --force, which `new_file` asks for."""
+    """The option --force, which `callbacks.new_file` asks for."""
     return click.option("--force", is_flag=True, is_eager=True, help="Replace the output if it exists.")(command)
 
 
@@ -126,6 +97,15 @@ def plot_file(what: str) -> Callable:
 
 
 def _plot(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
-    if path and path.suffix.lower() not in benchplot.FORMATS:
-        raise click.BadParameter(f"{path.name!r} does not end in {', '.join(benchplot.FORMATS)}.")
-    return new_file(context, parameter, path)
+    if path and path.suffix.lower() not in plots.FORMATS:
+        raise click.BadParameter(f"{path.name!r} does not end in {', '.join(plots.FORMATS)}.")
+    return callbacks.new_file(context, parameter, path)
+
+
+def cluster(command: Callable) -> Callable:
+    """The option --cluster."""
+    return click.option(
+        "--cluster",
+        metavar="ADDRESS",
+        help="Share the work among the workers of a Dask scheduler, such as tcp://10.0.0.1:8786.",
+    )(command)

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .. import recommend as library
-from ..inspection import size_text
+from ..core.units import size_text
+from ..measure import recommend as library
 from . import options
 
 _WIDE = 80

@@ -9,8 +9,10 @@ import click
 from rich.console import Console
 from rich.markup import escape
 
-from .. import messages, quality, reportcontents, reporttables
-from .. import report as library
+from ..core import callbacks, messages
+from ..measure import store
+from ..report import contents, tables
+from ..report import page as library
 from . import options
 
 EPILOG = """\b
@@ -41,7 +43,7 @@ Examples:
     type=click.Path(path_type=Path),
     multiple=True,
     metavar="FILE",
-    callback=lambda *of: tuple(options.new_file(*of[:2], path) for path in of[2]),
+    callback=lambda *of: tuple(callbacks.new_file(*of[:2], path) for path in of[2]),
     help="What to write; may be given several times [default: tables on the terminal]",
 )
 @click.option(
@@ -58,14 +60,14 @@ def report(
 ) -> None:
     """Show what is in RESULTS, a file of measurements: quality, speed, retrieval and tasks, model by model.
 
-    RESULTS comes from ppl --results or sweep; without it, the file in the user's cache folder is taken. Where the same
-    was measured with several builds of turboquant-gguf, the latest counts.
+    RESULTS comes from sweep, ppl, niah, eval or bench; without it, the file in the user's cache folder is taken. Where
+    the same was measured with several builds of turboquant-gguf, the latest counts.
     """
     console = Console(stderr=as_json)
-    sections = library.report(results or quality.default_results(), outputs=outputs, models=models, console=console)
+    sections = library.report(results or store.default_results(), outputs=outputs, models=models, console=console)
     for output in outputs:
         messages.say(f"{escape(str(output))} written", console)
     if as_json:
-        click.echo(json.dumps(reportcontents.as_json(sections), indent=2))
+        click.echo(json.dumps(contents.as_json(sections), indent=2))
     elif not outputs:
-        console.print(reporttables.terminal(sections), highlight=False)
+        console.print(tables.terminal(sections), highlight=False)

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
 from rich.markup import escape
 
-from .. import messages, quality, texts
-from .. import sweep as library
+from ..core import callbacks, messages
+from ..kinds import KINDS
+from ..kinds.base import names_to_measure
+from ..kinds.quality import Quality
+from ..measure import sweep as library
 from . import options
+from .measure import end, parameters
 
 RESULTS = Path("turboquant-results.sqlite")
 EPILOG = """\b
 Examples:
   turboquant-gguf sweep my.gguf
   turboquant-gguf sweep my.gguf other.gguf -o all.sqlite --text mine.txt
-  turboquant-gguf sweep my.gguf --measure quality --windows 100
+  turboquant-gguf sweep my.gguf --measure quality --chunks 100
   turboquant-gguf sweep my.gguf --tasks gsm8k --limit 100
   turboquant-gguf sweep my.gguf --cluster tcp://10.0.0.1:8786
   turboquant-gguf report turboquant-results.sqlite -o report.html
@@ -29,9 +33,17 @@ Examples:
 def _kinds(_context: click.Context, _parameter: click.Parameter, text: str) -> tuple[str, ...]:
     kinds = tuple(dict.fromkeys(filter(None, text.split(","))))
     for kind in kinds:
-        if kind not in library.KINDS:
-            raise click.BadParameter(f"{kind!r} is none of {', '.join(library.KINDS)}.")
+        if kind not in names_to_measure():
+            raise click.BadParameter(f"{kind!r} is none of {', '.join(names_to_measure())}.")
     return kinds
+
+
+def command() -> click.Command:
+    """The command, with the options of all kinds that it has."""
+    theirs = [(one, kind) for kind in KINDS.values() for one in kind.options if one.sweep]
+    made = sweep
+    made.params += parameters(theirs)
+    return options.json("what was done")(options.cluster(options.threads(made)))
 
 
 @click.command(epilog=EPILOG, short_help="Measure all there is of cache types, into one file that grows.")
@@ -43,94 +55,30 @@ def _kinds(_context: click.Context, _parameter: click.Parameter, text: str) -> t
     default=RESULTS,
     show_default=True,
     metavar="FILE",
-    callback=options.output,
+    callback=callbacks.output,
     help="An SQLite file that measurements are added to; what it has is not measured again.",
 )
-@options.types(library.DEFAULT_TYPES, "f16 is always measured.")
+@options.types(Quality.default_types, "f16 is always measured.")
 @options.window
 @click.option(
     "--measure",
-    default=",".join(library.KINDS),
+    default=",".join(names_to_measure()),
     show_default=True,
     callback=_kinds,
-    help="What to measure: some of these.",
+    help="What to measure: some of these. Tasks are measured if there are any.",
 )
-@click.option(
-    "--text",
-    default=texts.WIKITEXT,
-    show_default=True,
-    metavar="FILE",
-    help=f"For quality: a UTF-8 file, or {texts.WIKITEXT}, which is fetched.",
-)
-@click.option(
-    "--context",
-    type=click.IntRange(min=8),
-    default=quality.DEFAULT_CONTEXT,
-    show_default=True,
-    help="For quality: tokens in a window.",
-)
-@click.option(
-    "--windows",
-    type=click.IntRange(min=1),
-    default=library.DEFAULT_WINDOWS,
-    show_default=True,
-    help="For quality: how many, from the first.",
-)
-@click.option(
-    "--lengths",
-    default=",".join(map(str, library.DEFAULT_LENGTHS)),
-    show_default=True,
-    callback=options.numbers(least=1),
-    help="For retrieval: prompt tokens. Those beyond what a model was trained for are left out.",
-)
-@click.option(
-    "--trials", type=click.IntRange(min=1), default=1, show_default=True, help="For retrieval: needles at each place."
-)
-@click.option(
-    "--depths",
-    default=",".join(map(str, library.DEFAULT_DEPTHS)),
-    show_default=True,
-    callback=options.numbers(least=0),
-    help="For speed: tokens already in the cache.",
-)
-@click.option(
-    "--repetitions", type=click.IntRange(min=1), default=3, show_default=True, help="For speed: interleaved rounds."
-)
-@click.option("--tasks", default="", help="Tasks of lm-evaluation-harness as well, separated by commas.")
-@click.option(
-    "--task-folder",
-    type=click.Path(path_type=Path, exists=True, file_okay=False),
-    metavar="FOLDER",
-    help="Where tasks of your own are.",
-)
-@click.option("--limit", type=click.IntRange(min=1), help="Documents of each task [default: all]")
-@options.threads
-@click.option(
-    "--cluster",
-    metavar="ADDRESS",
-    help="Share the work among the workers of a Dask scheduler, such as tcp://10.0.0.1:8786.",
-)
-@options.json("what was done")
 @click.pass_context
 def sweep(
-    context_: click.Context,
+    click_context: click.Context,
+    /,
     models: tuple[Path, ...],
     results: Path,
     types: str,
     measure: tuple[str, ...],
-    text: str,
-    context: int,
-    windows: int,
-    lengths: tuple[int, ...],
-    trials: int,
-    depths: tuple[int, ...],
-    repetitions: int,
-    tasks: str,
-    task_folder: Path | None,
-    limit: int | None,
     threads: int | None,
     cluster: str | None,
     as_json: bool,
+    **settings: Any,
 ) -> None:
     """Measure quality (as ppl does), retrieval (niah) and speed (bench) of cache types with each of MODELS (GGUFs).
 
@@ -140,33 +88,16 @@ def sweep(
     under the same paths.
     """
     console = Console(stderr=as_json)
-    report = library.sweep(
-        models,
-        types=types.split(","),
-        measure=measure,
-        text=text,
-        context=context,
-        windows=windows,
-        lengths=lengths,
-        trials=trials,
-        depths=depths,
-        repetitions=repetitions,
-        tasks=tuple(filter(None, tasks.split(","))),
-        task_folder=task_folder,
-        limit=limit,
-        threads=threads,
-        results=results,
-        cluster=cluster,
-        console=console,
-    )
+    kinds = {}
+    for kind in KINDS.values():
+        own = {one.parameter: settings[one.parameter] for one in kind.options if one.sweep}
+        asked = all(own[one.parameter] for one in kind.options if one.more.get("required"))
+        if kind.name in measure or (not kind.in_sweep and asked):
+            kinds[kind.name] = own
+    common = {"types": types.split(","), "threads": threads, "results": results, "cluster": cluster}
+    outcome = library.sweep(models, kinds, **common, console=console)
     if as_json:
-        click.echo(json.dumps(asdict(report), indent=2, default=str))
-    for failure in report.failures:
-        messages.error(failure.message, failure.details, of=failure.what)
-    before = f", and {report.known} were there" if report.known else ""
-    messages.say(f"{escape(str(results))}: {report.added} of {report.asked} measurements added{before}.", console)
-    if report.interrupted:
-        messages.say("The same command goes on from there.")
-        raise click.Abort
-    messages.say(f"turboquant-gguf report {escape(str(results))} -o report.html makes a page of it.", console)
-    context_.exit(1 if report.failures else 0)
+        click.echo(json.dumps(outcome.as_json(), indent=2))
+    if not outcome.interrupted:
+        messages.say(f"turboquant-gguf report {escape(str(results))} -o report.html makes a page of it.", console)
+    end(click_context, outcome, console)

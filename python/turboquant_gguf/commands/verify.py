@@ -10,7 +10,7 @@ import click
 from rich.console import Console
 from rich.markup import escape
 
-from .. import verify as library
+from ..weights import verify as library
 from . import options
 
 EPILOG = """\b

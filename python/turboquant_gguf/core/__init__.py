@@ -1,0 +1,1 @@
+"""What every program needs: child processes, signals, output files, progress, units."""

@@ -1,0 +1,79 @@
+"""What a measurement was made with: the model's file, the build of llama.cpp, the machine."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+from collections.abc import Mapping
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+
+from rich.console import Console
+
+from ..core import filehash
+from . import ggml, recentwindow
+from .ggufile import GGUFModel
+
+_LIBRARIES = ("ggml-base", "ggml-cpu", "llama")
+
+_ROTATION = "LLAMA_ATTN_ROT_DISABLE"  # llama.cpp's own
+
+VARIABLES = (*recentwindow.VARIABLES, _ROTATION)
+"""What changes results without being an option of every command."""
+
+
+def model(path: Path, console: Console | None = None) -> dict:
+    """Facts of a GGUF, among them a fingerprint that stands for its content, every byte of it.
+
+    trained_length: tokens, None if the file does not say. calibrated: whether it has a calibration of its keys.
+    console: where the progress goes, if reading tens of gigabytes takes minutes.
+    """
+    with GGUFModel(path) as file:
+        architecture = file.metadata["general.architecture"]
+        facts = {
+            "name": path.stem,
+            "architecture": architecture,
+            "trained_length": file.metadata.get(f"{architecture}.context_length"),
+            "parameters": sum(tensor.elements for tensor in file.tensors),
+            "bytes": file.size,
+            "calibrated": any(key.startswith("turboquant.keys.") for key in file.metadata),
+        }
+        hashes = filehash.sha256(file.paths, console or Console(quiet=True))
+        return facts | {"fingerprint": hashlib.sha256("".join(hashes).encode()).hexdigest()[:16]}
+
+
+def build() -> dict:
+    """The versions of this package and of the libraries that compute, and the environment's switches for them."""
+    return {"turboquant_gguf": version("turboquant-gguf"), "llama_cpp": _libraries()} | switches()
+
+
+def switches() -> dict[str, str]:
+    """The environment's switches."""
+    rotation = {_ROTATION: os.environ[_ROTATION]} if _ROTATION in os.environ else {}
+    return recentwindow.variables() | rotation
+
+
+def switch(to: Mapping[str, str]) -> None:
+    """Make the environment's switches those that `switches` said elsewhere."""
+    recentwindow.set_variables(to)
+    os.environ.pop(_ROTATION, None)
+    os.environ |= {name: value for name, value in to.items() if name == _ROTATION}
+
+
+@cache
+def _libraries() -> str:
+    digest = hashlib.sha256()
+    for name in _LIBRARIES:
+        digest.update(ggml.library_path(name).read_bytes())
+    return digest.hexdigest()[:12]
+
+
+@cache
+def machine() -> dict:
+    """The devices that llama.cpp computes on, the number of logical CPUs, and the operating system."""
+    count = ggml.function("ggml_backend_dev_count")()
+    devices = [ggml.function("ggml_backend_dev_get")(number) for number in range(count)]
+    names = [ggml.function("ggml_backend_dev_description")(device).decode() for device in devices]
+    return {"devices": names, "logical_cpus": os.cpu_count(), "system": platform.platform()}

@@ -1,0 +1,1 @@
+"""A file of measurements, shown: tables, figures, CSV, a page."""

@@ -1,0 +1,373 @@
+"""Centre and scale for stored keys, from what a model's attention does on a text.
+
+A cache of few bits stores k' = s (k - m) and multiplies queries by 1/s. Softmax does not see the difference, and the
+error that quantization makes in the scores can be many times smaller. With noise that is the same in all coordinates
+of k' (the rotation sees to that) and grows with |k'|, the error of the score of query q and key k is proportional to
+|k'| |q'|. What it does to the result of attention is the weight w = p (1 - p) of that pair, where p is its softmax:
+keys that nobody looks at may be wrong, and so may the one that gets all of the attention. So m and s minimize
+
+    sum over pairs  w |s (k - m)|^2 |q / s|^2
+
+Setting the derivatives to zero, with the other factor held fixed:
+
+    m = sum a k / sum a,   a = sum over queries of w |q'|^2
+    s = (sum b q^2 / sum a (k - m)^2)^(1/4),   b = sum over keys of w |k'|^2
+
+Two passes over the text do: the first begins with m = 0 and s = 1, the second with what the first found. Sums are kept
+for each channel, so memory does not depend on the length of the text.
+
+RoPE turns keys and queries with their position, away from what was found elsewhere. So the text is read at positions
+all over the context that the file is for, where attention is the same and only keys and queries are turned, and the
+sums are means over positions. docs/calibration.md tells how much each part gains.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+
+from ..core import outputfile, progress, texts
+from ..core.signals import deferred
+from ..errors import TurboquantError
+from ..llamacpp import ggml
+from ..llamacpp.ggufile import GGUFModel, rewrite
+from ..llamacpp.logits import Model
+from ..llamacpp.modelmemory import F16, STEP, ModelMemory
+from ..llamacpp.recentwindow import RecentWindow, set_next
+
+VERSION = 1
+KEY = "turboquant.keys."
+"""What the metadata keys of a calibrated file begin with."""
+
+DEFAULT_TOKENS = 4096
+WINDOW = 512
+"""Tokens that are read at once, from an empty cache: attention over longer distances does not count."""
+
+MIN_TOKENS = 256
+"""The shortest text and the shortest context."""
+
+MAX_CONTEXT = 2**31 - 1  # positions are int32
+
+READINGS = 12
+"""How many windows are read in a pass, at least, each at another place of the context."""
+
+RECENT, SINKS = 64, 4
+"""Tokens at the end and at the beginning that the recent window keeps as they are."""
+
+SINK_WEIGHT = np.float32(0.1)
+"""Of pairs with the first tokens. Without a recent window, as stock types have none, their keys must not be given up."""
+
+PASSES = 2
+_FLOOR = 1e-4  # of the mean of a head's channels: no channel is scaled as if it had no variance at all
+
+Vectors = NDArray[np.float64]
+"""Of shape (KV heads, head size)."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What is done to the keys of one layer: vectors over channels, of shape (KV heads, head size)."""
+
+    center: Vectors
+    scale: Vectors
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was written.
+
+    path: the GGUF. tokens: read. context: the longest it is good for, in tokens. layers: whose keys are calibrated. centred: whether they are centred, too; reason: why
+    not, or None. error: the expected squared error of the scores, weighted as above, as a part of what it was.
+    """
+
+    path: Path
+    tokens: int
+    context: int
+    layers: int
+    centred: bool
+    reason: str | None
+    error: float
+
+
+def calibrate(
+    model: Path,
+    output: Path | None = None,
+    *,
+    in_place: bool = False,
+    text: Path | None = None,
+    tokens: int = DEFAULT_TOKENS,
+    context: int | None = None,
+    seed: int = 0,
+    threads: int | None = None,
+    force: bool = False,
+    console: Console,
+) -> Calibration:
+    """Run `model` (a GGUF) over a text and write a copy of it with the calibration in its metadata.
+
+    output: the copy; None names it after the model, in the current folder. in_place: replace the model by it. text: a
+    UTF-8 file; None takes the one in the package. tokens: how many of it to read; of a longer text, windows of 512 are
+    drawn at random (seed). context: the longest that the file is for, in tokens; None takes what the model was trained
+    for. threads: of the CPU. force: replace an existing output. console: where the progress goes.
+    Raises TurboquantError with what to do about it.
+    """
+    with GGUFModel(model) as file:
+        if len(file.paths) > 1:
+            raise TurboquantError(
+                f"{model} is one of {len(file.paths)} parts. Join them first: llama-gguf-split --merge."
+            )
+        layers = int(file.metadata.get(f"{file.metadata['general.architecture']}.block_count", 0))
+        context = _context(file, context)
+    if in_place:
+        output = model
+        outputfile.check_folder(output)
+    else:
+        output = output or Path(f"{model.stem}-calibrated.gguf")
+        if output.exists() and output.samefile(model):
+            raise TurboquantError(f"{output} is the model itself. To replace it, use --in-place instead of -o.")
+        outputfile.check(output, force)
+    outputfile.check_space(output, model.stat().st_size)
+    content = texts.read(text) if text else texts.bundled("calibration.txt")
+
+    found: dict[int, Layer] = {}
+    with Model(model) as opened, progress.bar(console) as bar:
+        windows = _windows(opened.tokenize(content), tokens, min(WINDOW, context), seed)
+        readings = _readings(windows, context)
+        task = bar.add_task("reading windows", total=PASSES * len(readings))
+        for number in range(PASSES):
+            statistics = _read(opened, readings, found, threads, lambda: bar.advance(task))
+            if not statistics.moments:
+                raise TurboquantError(
+                    f"{model} has no keys that can be calibrated: it stores none, or shares them with its values."
+                )
+            if not 0 < statistics.error < np.inf:
+                raise TurboquantError(
+                    f"The attention of {model} cannot be measured: it uses ALiBi, or computes numbers that are none."
+                )
+            found = {layer: moments.solve(statistics.centred) for layer, moments in statistics.moments.items()}
+            if number == 0:
+                before = statistics.error
+    with outputfile.beside(output) as unfinished:
+        rewrite(model, unfinished, KEY, _metadata(found, layers, statistics.centred, context))
+        _require_use(unfinished)
+    error = statistics.error / before
+    read = sum(map(len, windows))
+    return Calibration(output, read, context, len(found), statistics.centred, statistics.reason, error)
+
+
+def _require_use(calibrated: Path) -> None:
+    """Raises TurboquantError if the attention of this model does not pass where llama.cpp calibrates keys."""
+    with ModelMemory(calibrated) as memory:  # its graphs are built, and neither weights read nor a cache allocated
+        set_next(RecentWindow(), force_calibration=True)
+        memory.measure(F16, STEP)
+
+
+def _context(file: GGUFModel, asked: int | None) -> int:
+    """The context to measure for, in tokens. Raises TurboquantError if the model has no positions for it."""
+    trained = int(file.metadata.get(f"{file.metadata['general.architecture']}.context_length", WINDOW))
+    learned = [tensor.shape[1] for tensor in file.tensors if tensor.name == "position_embd.weight"]
+    longest = min([MAX_CONTEXT, *learned])
+    if asked and asked > longest:
+        raise TurboquantError(f"{file.paths[0]} knows {longest} positions. Give a --context of at most that.")
+    return asked or min(max(trained, MIN_TOKENS), longest)
+
+
+def _windows(prompt: Sequence[int], tokens: int, length: int, seed: int) -> list[list[int]]:
+    """Parts of the text, of `length` tokens and a shorter one; in all at most `tokens`."""
+    windows = [list(prompt[begin : begin + length]) for begin in range(0, len(prompt), length)]
+    count = -(-tokens // length)
+    if len(windows) > count:
+        chosen = np.random.Generator(np.random.PCG64(seed)).permutation(len(windows))[:count]
+        windows = [windows[number] for number in sorted(chosen)]
+    windows[-1] = windows[-1][: tokens - sum(map(len, windows[:-1]))]
+    for window in windows:  # each begins as a text does
+        window[0] = prompt[0]
+    if sum(map(len, windows)) < MIN_TOKENS:
+        raise TurboquantError(
+            f"The text has {len(prompt)} tokens, too few to learn from. Give a longer one with --text."
+        )
+    return windows
+
+
+def _readings(windows: Sequence[list[int]], context: int) -> list[tuple[int, list[int]]]:
+    """Every window with the position of its first token, several times if they are few.
+
+    Half of them are spread evenly over the context, and half as the keys are when contexts are filled to a random part,
+    where the share of keys before a part x is x - x log x: short contexts are frequent, and none may lose.
+    """
+    length = max(map(len, windows))
+    if context <= length:
+        return [(0, window) for window in windows]
+    times = -(-READINGS // len(windows))
+    count = times * len(windows)
+    part = np.linspace(0, 1, 4097)[1:]
+    places = np.interp((np.arange(count) + 0.5) / count, part - part * np.log(part) / 2, part)
+    starts = np.rint(places * (context - length)).astype(int).tolist()
+    return list(zip(starts, [*windows] * times, strict=True))
+
+
+def _metadata(found: dict[int, Layer], layers: int, centred: bool, context: int) -> dict[str, int | NDArray]:
+    def joined(name: str) -> NDArray[np.float32]:
+        return np.concatenate([getattr(found[number], name).ravel() for number in sorted(found)]).astype(np.float32)
+
+    sizes = np.array([found[number].scale.size if number in found else 0 for number in range(layers)], np.int32)
+    metadata = {
+        f"{KEY}version": VERSION,
+        f"{KEY}context": context,
+        f"{KEY}sizes": sizes,
+        f"{KEY}scale": joined("scale"),
+    }
+    return metadata | ({f"{KEY}center": joined("center")} if centred else {})
+
+
+#
+# statistics
+#
+
+
+class Moments:
+    """Weighted sums over the keys and queries of a layer, and the centre and scale that follow from them."""
+
+    def __init__(self, kv_heads: int, head_size: int) -> None:
+        self.weight = np.zeros((kv_heads, 1))
+        self.keys, self.keys2, self.queries2 = np.zeros((3, kv_heads, head_size))
+        self.error = 0.0
+        """The sum that is to be small, with the centre and scale that came with the tokens."""
+
+    def add(
+        self,
+        q: NDArray[np.float32],
+        k: NDArray[np.float32],
+        mask: NDArray[np.float32],
+        *,
+        factor: float,
+        soft_cap: float = 0,
+        layer: Layer | None = None,
+    ) -> None:
+        """Count the tokens of one window.
+
+        q: (tokens, heads, head size). k: (tokens, KV heads, head size). mask: (tokens, tokens), 0 or -inf. factor: of
+        the scores. soft_cap: 0 for none. layer: the best known so far; None for a centre of 0 and a scale of 1.
+        """
+        group = q.shape[1] // k.shape[1]
+        counted = _counted(mask)
+        layer = layer or Layer(np.zeros(k.shape[1:]), np.ones(k.shape[1:]))
+        for g, (center, scale) in enumerate(zip(layer.center, layer.scale, strict=True)):
+            keys = k[:, g].astype(np.float64)
+            size = (((keys - center) * scale) ** 2).sum(-1)
+            weight = np.zeros(len(keys))
+            for h in range(g * group, (g + 1) * group):
+                queries2 = q[:, h].astype(np.float64) ** 2
+                pairs = _weights(q[:, h] @ k[:, g].T * np.float32(factor), mask, soft_cap) * counted
+                weight += (queries2 / scale**2).sum(-1).astype(np.float32) @ pairs
+                self.queries2[g] += (pairs @ size.astype(np.float32)) @ queries2
+            self.weight[g] += weight.sum()
+            self.keys[g] += weight @ keys
+            self.keys2[g] += weight @ keys**2
+            self.error += weight @ size
+
+    def solve(self, centred: bool) -> Layer:
+        """The centre and scale for what was counted; the scales of a head have the geometric mean 1."""
+        weight = np.maximum(self.weight, np.finfo(float).tiny)
+        center = self.keys / weight if centred else np.zeros_like(self.keys)
+        spread = self.keys2 / weight - center**2
+        scale = (_floored(self.queries2) / _floored(spread)) ** 0.25
+        return Layer(center, scale / np.exp(np.log(scale).mean(-1, keepdims=True)))
+
+
+def _counted(mask: NDArray[np.float32]) -> NDArray[np.float32]:
+    """How much pairs count: those that the recent window keeps as they are do not; all do if a layer sees no others."""
+    token = np.arange(len(mask))
+    far = (token[:, None] - token >= RECENT) & (token >= SINKS)
+    if not (far & (mask == 0)).any():
+        return np.ones_like(mask)
+    return np.where(token < SINKS, SINK_WEIGHT, far.astype(np.float32))
+
+
+def _weights(scores: NDArray[np.float32], mask: NDArray[np.float32], soft_cap: float) -> NDArray[np.float32]:
+    """p (1 - p) of each pair, p being the softmax of its row."""
+    if soft_cap:
+        scores = np.float32(soft_cap) * np.tanh(scores / np.float32(soft_cap))
+    scores = scores + mask
+    p = np.exp(scores - scores.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    return p * (1 - p)
+
+
+def _floored(squares: Vectors) -> Vectors:
+    mean = squares.mean(-1, keepdims=True)
+    return np.maximum(squares, np.where(mean > 0, _FLOOR**2 * mean, 1))
+
+
+class _Statistics:
+    """What an observer of a model's attention collects: the moments of every layer."""
+
+    def __init__(self, known: dict[int, Layer]) -> None:
+        self.moments: dict[int, Moments] = {}
+        self.reason: str | None = None
+        self.failure: Exception | None = None
+        self.interrupted: Callable[[], bool] = lambda: False
+        self._known = known
+
+    @property
+    def centred(self) -> bool:
+        return self.reason is None
+
+    @property
+    def error(self) -> float:
+        return sum(moments.error for moments in self.moments.values())
+
+    def observe(self, pointer: ctypes._Pointer, _user_data: object) -> bool:
+        """turbo_attention_callback. An exception cannot pass through C: it is kept, and the model stopped."""
+        if self.interrupted():
+            return False
+        try:
+            self._count(pointer.contents)
+        except Exception as failure:
+            self.failure = failure
+        return self.failure is None
+
+    def _count(self, got: ggml.Attention) -> None:
+        if got.sinks:
+            self.reason = "the model has attention sinks, against which a centre would shift all keys"
+        elif got.soft_cap:
+            self.reason = "the model caps its scores, which a centre would shift"
+        tokens, heads, kv_heads, head_size = got.tokens, got.heads, got.kv_heads, got.head_size
+        arrays = (
+            np.ctypeslib.as_array(got.q, (tokens, heads, head_size)),
+            np.ctypeslib.as_array(got.k, (tokens, kv_heads, head_size)),
+            np.ctypeslib.as_array(got.mask, (tokens, tokens)),
+        )
+        moments = self.moments.setdefault(got.layer, Moments(kv_heads, head_size))
+        moments.add(*arrays, factor=got.scale, soft_cap=got.soft_cap, layer=self._known.get(got.layer))
+
+
+def _read(
+    model: Model,
+    readings: Sequence[tuple[int, Sequence[int]]],
+    known: dict[int, Layer],
+    threads: int | None,
+    on_window: Callable[[], None],
+) -> _Statistics:
+    """Run the model over every window, at its position. known: centre and scale of each layer so far."""
+    statistics = _Statistics(known)
+    callback = ggml.attention_callback(statistics.observe)
+    with ExitStack() as owned:
+        observer = ggml.function("turbo_observer_new")(callback, None)
+        owned.callback(ggml.function("turbo_observer_free"), observer)
+        longest = max(len(window) for _, window in readings)
+        context = owned.enter_context(model.open(longest, observer=observer, threads=threads))
+        for position, window in readings:
+            context.clear()
+            with deferred() as statistics.interrupted:
+                context.read(window, position)
+            if statistics.failure:
+                raise statistics.failure
+            on_window()
+    return statistics
