@@ -407,9 +407,11 @@ bool llama_turbo_window::skip(llama_io_read_i & io, size_t n_cells) {
     if (!read_head(io, n_cells, indices, bytes) || bytes > UINT32_MAX) {
         return false;
     }
-    std::vector<uint8_t> token(bytes);
-    for (size_t i = 0; i < indices.size(); ++i) {
-        io.read(token.data(), token.size());
+    std::vector<uint8_t> piece(4096); // no room for what is said to be there, which need not be there
+    for (uint64_t left = bytes*indices.size(); left > 0;) {
+        const size_t n = std::min<uint64_t>(left, piece.size());
+        io.read(piece.data(), n);
+        left -= n;
     }
     return true;
 }
