@@ -339,7 +339,9 @@ void llama_turbo_window::save(
     const uint64_t bytes = token_bytes();
     io.write(&n,     sizeof(n));
     io.write(&bytes, sizeof(bytes));
-    io.write(indices.data(), n*sizeof(indices[0]));
+    if (n > 0) {
+        io.write(indices.data(), n*sizeof(indices[0]));
+    }
     for (ggml_tensor * r : rings) {
         for (uint32_t slot : slots) {
             io.write_tensor(r, slot*r->nb[1] + stream*r->nb[2], r->nb[1]);
@@ -356,7 +358,9 @@ static bool read_head(llama_io_read_i & io, size_t n_cells, std::vector<uint32_t
         return false;
     }
     indices.resize(n);
-    io.read(indices.data(), n*sizeof(indices[0]));
+    if (n > 0) { // of none there is no address, and memcpy wants one
+        io.read(indices.data(), n*sizeof(indices[0]));
+    }
     for (uint32_t i = 0; i < n; ++i) {
         if (indices[i] >= n_cells || (i > 0 && indices[i] <= indices[i - 1])) {
             return false;
@@ -396,9 +400,11 @@ bool llama_turbo_window::skip(llama_io_read_i & io, size_t n_cells) {
     if (!read_head(io, n_cells, indices, bytes) || bytes > UINT32_MAX) {
         return false;
     }
-    std::vector<uint8_t> token(bytes);
-    for (size_t i = 0; i < indices.size(); ++i) {
-        io.read(token.data(), token.size());
+    std::vector<uint8_t> piece(4096); // no room for what is said to be there, which need not be there
+    for (uint64_t left = bytes*indices.size(); left > 0;) {
+        const size_t n = std::min<uint64_t>(left, piece.size());
+        io.read(piece.data(), n);
+        left -= n;
     }
     return true;
 }
