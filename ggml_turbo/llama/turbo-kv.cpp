@@ -21,6 +21,10 @@ std::unique_ptr<llama_turbo_kv> llama_turbo_kv::make(llama_kv_cache & cache) {
     if (cache.layers.empty()) {
         return made;
     }
+    const bool values_rotated = llama_turbo_values_rotated(cache.model.gguf_kv);
+    if (values_rotated) { // by the weights, which also rotate the result back: a second rotation would undo the first
+        cache.attn_rot_v = false;
+    }
     const llama_hparams & hparams = cache.hparams;
     const ggml_type type_k = cache.layers[0].k->type, type_v = cache.layers[0].v ? cache.layers[0].v->type : type_k;
     if (cache.other) {
@@ -47,7 +51,7 @@ std::unique_ptr<llama_turbo_kv> llama_turbo_kv::make(llama_kv_cache & cache) {
             cache.ctxs_bufs.emplace_back(std::move(made->window->ctx), std::move(made->window->buf));
         }
     }
-    made->mark = (made->keys ? made->keys->hash() : 0) ^ (llama_turbo_values_rotated(cache.model.gguf_kv) ? 2 : 0) ^ (made->latent ? 4 : 0);
+    made->mark = (made->keys ? made->keys->hash() : 0) ^ (values_rotated ? 2 : 0) ^ (made->latent ? 4 : 0);
 
     std::lock_guard<std::mutex> lock(stores_mutex);
     for (uint32_t i = 0; made->keys || made->window ? i < cache.layers.size() : false; ++i) {

@@ -27,7 +27,8 @@ struct llama_turbo_kv {
     std::shared_ptr<llama_turbo_latent> latent; // null: keys are no MLA keys, or are not rotated
     std::shared_ptr<llama_turbo_window> window; // null: there is none
 
-    // For a cache whose layers have been made. One that shares another's cells shares what is done to its keys.
+    // For a cache whose layers have been made. One that shares another's cells shares what is done to its keys. Tells the
+    // cache not to rotate values that the weights have rotated.
     // Throws if the cache cannot hold its types: the log says why by name.
     static std::unique_ptr<llama_turbo_kv> make(llama_kv_cache & cache);
 
