@@ -4,7 +4,7 @@
 
 #include "cpu/turbo-ops.h"
 #include "ggml-turbo.h"
-#include "turbo-window.h"
+#include "ops/turbo-window.h"
 
 #include <algorithm>
 #include <cstdio>

@@ -265,7 +265,7 @@ def as_input(problem: Problem) -> bytes:
 def test_kernel_alone(build: str, grafted: Path, tmp_path: Path):
     include = [f"-isystem{grafted / folder}" for folder in ("ggml/include", "ggml/src", "ggml/src/ggml-cpu")]
     sources = [ROOT / "tests" / "attention_simd.cpp", ROOT / "ggml_turbo" / "cpu" / "turbo-attention.cpp",
-               ROOT / "ggml_turbo" / "format" / "turbo-reference.c", ROOT / "ggml_turbo" / "turbo-window.c"]
+               ROOT / "ggml_turbo" / "format" / "turbo-reference.c", ROOT / "ggml_turbo" / "ops" / "turbo-window.c"]
     program = instruction_sets.compile(build, tmp_path / "attention_simd", sources, *include)
 
     @settings(many, max_examples=40)

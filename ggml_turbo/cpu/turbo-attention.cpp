@@ -20,7 +20,7 @@
 
 #include "turbo-encode.h"
 #include "turbo-simd.h"
-#include "turbo-window.h"
+#include "ops/turbo-window.h"
 
 #ifdef TURBO_LANES
 

@@ -2,7 +2,7 @@
 
 #include "ggml-cpu.h"
 #include "turbo-simd.h"
-#include "turbo-window.h"
+#include "ops/turbo-window.h"
 
 #ifdef TURBO_LANES
 

@@ -7,7 +7,7 @@
 #include "llama-kv-cache.h"
 #include "llama-memory-hybrid-iswa.h"
 #include "llama-memory-hybrid.h"
-#include "turbo-window.h"
+#include "ops/turbo-window.h"
 
 #include <algorithm>
 

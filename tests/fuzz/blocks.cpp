@@ -7,7 +7,7 @@
 #include "ggml-cpu.h"
 #include "ggml-turbo.h"
 #include "ggml.h"
-#include "turbo-window.h"
+#include "ops/turbo-window.h"
 
 #include <algorithm>
 
