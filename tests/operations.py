@@ -639,7 +639,7 @@ class Worker:
         pair = CacheTypes(types, types)
         report(during=f"{types} with a window")
         with Cache(self._kind, self._path, pair, model=self._model, window=None) as cache:
-            said = "recent window: the last" in cache.log
+            said = "recent window: the last" in cache.log and "in a way that has none" not in cache.log
         return dict(said=said, kl=self._error(pair, None, True), without=self._error(pair, 0, True))
 
     def opened(self, k: str | int, v: str | int, sequences: int = 1) -> dict:

@@ -66,8 +66,8 @@ def test_a_damaged_vocabulary_is_a_sentence(damaged, llama, text, tmp_path, comm
     assert done.returncode in (1, 128 + signal.SIGABRT), done.stderr
     said, *details = done.stderr.splitlines()
     assert "Traceback" not in done.stderr and "The model file is probably damaged" in said
-    if command == "demo":
-        assert "llama-server" in said
+    if command in ("demo", "niah") and "llama-server" in said:  # which refuses the question, and lives
+        assert "unordered_map" in said or command == "demo"
     else:
         assert re.search(r"damaged\.gguf.* \(SIGABRT\)", said)
         assert any("GGML_ASSERT" in line or "unordered_map" in line for line in details), done.stderr
@@ -147,14 +147,14 @@ def test_killing_any_of_them_ends_all(started, which):
 
 
 @in_proc
-def test_ctrl_z_stops_both(started):
-    def states() -> list[str]:
+def test_ctrl_z_stops_all_that_computes(started):
+    def states() -> set[str]:
         python = [pid for pid, name in others.items() if name == Path(sys.executable).name]
-        return [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] for pid in [process.pid, *python]]
+        return {Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] for pid in [process.pid, *python]}
 
     process, others = started()
     process.send_signal(signal.SIGTSTP)
-    until(lambda: states() == ["T", "T"], 5)
+    until(lambda: states() == {"T"}, 5)
     process.send_signal(signal.SIGCONT)
     until(lambda: "T" not in states(), 5)
 

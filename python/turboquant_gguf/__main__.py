@@ -44,10 +44,10 @@ def main() -> int:
 
 
 def _pass_on_signals(process: subprocess.Popen) -> None:
-    def stop(*_: object) -> None:  # Ctrl-Z: both, until both go on
-        process.send_signal(signal.SIGSTOP)
+    def stop(*_: object) -> None:  # Ctrl-Z: all that compute, its workers with it, until all go on
+        os.killpg(process.pid, signal.SIGSTOP)
         os.kill(os.getpid(), signal.SIGSTOP)
-        process.send_signal(signal.SIGCONT)
+        os.killpg(process.pid, signal.SIGCONT)
 
     signal.signal(signal.SIGTSTP, stop)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
