@@ -4,6 +4,8 @@
 #include "fuzz.h"
 #include "tiny-model.h"
 
+#include "llama/turbo-settings.h"
+
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -17,17 +19,17 @@ constexpr uint32_t SEQUENCES = 3;
 struct kind {
     ggml_type    type_k, type_v;
     bool         is_calibrated, is_unified;
-    const char * window;
+    int32_t      window;
 };
 
 const kind KINDS[] = {
-    { GGML_TYPE_TURBO4, GGML_TYPE_TURBO3, false, true,  "8" },
-    { GGML_TYPE_TURBO4, GGML_TYPE_TURBO3, false, false, "8" },
-    { GGML_TYPE_TURBO4, GGML_TYPE_TURBO3, true,  true,  "8" },
-    { GGML_TYPE_TURBO2, GGML_TYPE_TURBO2, true,  false, "8" },
-    { GGML_TYPE_TURBO3, GGML_TYPE_TURBO4, true,  true,  "0" },
-    { GGML_TYPE_TURBO4, GGML_TYPE_TURBO3, false, true,  "0" },
-    { GGML_TYPE_Q8_0,   GGML_TYPE_TURBO3, false, false, "5" },
+    { GGML_TYPE_TURBO4, GGML_TYPE_TURBO3, false, true,  8 },
+    { GGML_TYPE_TURBO4, GGML_TYPE_TURBO3, false, false, 8 },
+    { GGML_TYPE_TURBO4, GGML_TYPE_TURBO3, true,  true,  8 },
+    { GGML_TYPE_TURBO2, GGML_TYPE_TURBO2, true,  false, 8 },
+    { GGML_TYPE_TURBO3, GGML_TYPE_TURBO4, true,  true,  0 },
+    { GGML_TYPE_TURBO4, GGML_TYPE_TURBO3, false, true,  0 },
+    { GGML_TYPE_Q8_0,   GGML_TYPE_TURBO3, false, false, 5 },
 };
 
 using bytes = std::vector<uint8_t>;
@@ -116,8 +118,9 @@ private:
     uint64_t restored = 0, refused = 0, batches = 0;
 
     context make(const kind & k) {
-        setenv("LLAMA_ARG_CACHE_WINDOW", k.window, 1);
-        setenv("LLAMA_ARG_CACHE_SINKS", "2", 1);
+        llama_turbo_params window = llama_turbo_default_params();
+        window.cache_window = k.window, window.cache_sinks = 2;
+        expect(llama_turbo_set_next(&window), "the window was refused");
         llama_context_params params = llama_context_default_params();
         params.n_ctx = k.is_unified ? 256 : 256*SEQUENCES;
         params.n_seq_max = SEQUENCES, params.kv_unified = k.is_unified;
