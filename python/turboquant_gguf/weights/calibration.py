@@ -83,8 +83,9 @@ class Layer:
 class Calibration:
     """What was written.
 
-    path: the GGUF. tokens: read. context: the longest it is good for, in tokens. layers: whose keys are calibrated. centred: whether they are centred, too; reason: why
-    not, or None. error: the expected squared error of the scores, weighted as above, as a part of what it was.
+    path: the GGUF. tokens: read. context: the longest it is good for, in tokens. layers: whose keys are calibrated.
+    centred: whether they are centred, too; reason: why not, or None. error: the expected squared error of the scores,
+    weighted as above, as a part of what it was.
     """
 
     path: Path
