@@ -1,6 +1,7 @@
 """Whatever goes wrong is a sentence: bad texts, full disks, terminals that lack characters, faults of ours."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +66,9 @@ def test_texts_that_cannot_be_used(llama, tmp_path, monkeypatch, command, text):
     if command == "verify" and text == "short":  # a token is enough
         assert done.exit_code == 0
         return
+    if (command, text) == ("niah", "short"):  # one of its lengths fails, others may not
+        assert done.exit_code == 1 and "Give a longer text" in done.output
+        return
     assert isinstance(done.exception, TurboquantError), done.output
     assert because in str(done.exception)
     assert not because or "text.txt" in str(done.exception)
@@ -89,7 +93,8 @@ def test_terminals_that_lack_characters(llama, tmp_path, encoding, command):
     }
     done = run(command, model, *options[command], PYTHONIOENCODING=encoding)
     assert done.returncode == 0, done.stderr.decode(encoding)
-    assert b"gr" in done.stdout and not done.stderr
+    assert b"gr" in done.stdout
+    assert re.fullmatch(rb"(\S+ 2 of 2 measurements added\.\n)?", done.stderr.replace(b":\n", b": "))
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is full")

@@ -12,7 +12,6 @@ from test_llama_cpp import build_folder, build_test  # noqa: F401 (a fixture)
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "ggml_turbo"
-FORMAT = SOURCE / "format"
 INPUTS = {"blocks": 4000, "metadata": 4000, "states": 2000}
 
 
@@ -34,7 +33,7 @@ def sanitized_codec(folder: Path, reference: str) -> subprocess.CompletedProcess
     program = folder / "codec"
     sources = [folder / "turbo-reference.c", ROOT / "tests" / "codec_simd.c", SOURCE / "cpu" / "turbo-cpu.c"]
     compiler = os.environ.get("CC", "cc").split()
-    command = [*compiler, *SANITIZED, "-DGGML_TURBO_STANDALONE", f"-I{SOURCE}", f"-I{FORMAT}", *sources, "-lm", "-o", program]
+    command = [*compiler, *SANITIZED, "-DGGML_TURBO_STANDALONE", f"-I{SOURCE}", f"-I{SOURCE}/format", *sources, "-lm", "-o", program]
     built = subprocess.run(command, capture_output=True, text=True)
     if "asan" in built.stderr or "unsupported" in built.stderr:
         pytest.skip(f"this compiler has no sanitizers: {built.stderr.splitlines()[-1]}")
@@ -44,13 +43,13 @@ def sanitized_codec(folder: Path, reference: str) -> subprocess.CompletedProcess
 
 def test_codec_under_sanitizers(tmp_path: Path):
     """Any bytes and any floats: no report. With a bound dropped, which reads a byte past the last block, there is one."""
-    reference = (FORMAT / "turbo-reference.c").read_text()
+    reference = (SOURCE / "format" / "turbo-reference.c").read_text()
     done = sanitized_codec(tmp_path, reference)
     assert done.returncode == 0, done.stderr[-4000:]
 
-    bound = "byte + 1 < TURBO_BLOCK_BYTES(bits) ? block[byte + 1] : 0"
-    assert bound in reference
-    done = sanitized_codec(tmp_path, reference.replace(bound, "block[byte + 1]"))
+    bounded = "byte + 1 < TURBO_BLOCK_BYTES(bits) ? block[byte + 1] : 0;"
+    assert bounded in reference
+    done = sanitized_codec(tmp_path, reference.replace(bounded, "block[byte + 1];"))
     assert done.returncode != 0 and "heap-buffer-overflow" in done.stderr
 
 

@@ -20,8 +20,8 @@ class TurboType:
     """What there is to know of a type.
 
     ggml_type: its number in ggml, as llama-cpp-python's type_k and type_v take it. bits_per_value: everything
-    counted. block: values in a block. bytes_per_block: its size. mse: mean squared error on normally distributed values of variance 1, measured on held-out data when the
-    codebooks were trained.
+    counted. block: values in a block. bytes_per_block: its size. mse: mean squared error on normally distributed
+    values of variance 1, measured on held-out data when the codebooks were trained.
     """
 
     name: str

@@ -53,8 +53,8 @@ class Failure:
 class Option:
     """An option of a kind's command. names, more: as click.Option takes them.
 
-    sweep: whether `sweep` has it as well. sweep_default: what it is there, if that is something else. old_name: one that
-    still works, and warns.
+    sweep: whether `sweep` has it as well. sweep_default: what it is there, if that is something else. old_name: one
+    that still works, and warns.
     """
 
     names: tuple[str, ...]

@@ -15,8 +15,8 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from . import native
 from ..turbo_tables import NAMES, TABLES
+from . import native
 
 LAST_TYPE = max(TABLES, key=lambda table: table.ggml_type).name
 """The type with the largest number: ggml's table of types ends there."""

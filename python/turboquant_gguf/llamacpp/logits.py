@@ -31,8 +31,8 @@ UBATCH = 512
 class Model:
     """The weights and the vocabulary of a GGUF. A context manager: it owns memory.
 
-    gpu_layers: how many of its layers go to a GPU, where this build of llama.cpp knows one. vocabulary_only: no weights.
-    Raises TurboquantError if it cannot be loaded.
+    gpu_layers: how many of its layers go to a GPU, where this build of llama.cpp knows one. vocabulary_only: no
+    weights. Raises TurboquantError if it cannot be loaded.
     """
 
     def __init__(self, path: Path, *, gpu_layers: int = 0, vocabulary_only: bool = False) -> None:

@@ -34,8 +34,8 @@ def measure(
 ) -> Perplexity:
     """The perplexity of `text` (a UTF-8 file of at least 1,024 tokens), read in chunks of 512 tokens.
 
-    threads: of the CPU. on_chunk: called with (chunks done, chunks in all). Raises TurboquantError if the tool fails, or if its cache
-    has other types than `types`.
+    threads: of the CPU. on_chunk: called with (chunks done, chunks in all). Raises TurboquantError if the tool fails,
+    or if its cache has other types than `types`.
     """
     check_model_file(model)
     command = [

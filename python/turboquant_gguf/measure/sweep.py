@@ -65,8 +65,9 @@ def measure(
 ) -> Outcome:
     """A sweep of one kind and one model (a GGUF), with what it found.
 
-    kind: one of KINDS. model: None takes that of the kind. types: None takes the kind's. results: a file of measurements; None takes the one in the user's
-    cache folder. options: of the kind (its `plan`). The rest as in `sweep`.
+    kind: one of KINDS. model: None takes that of the kind. types: None takes the kind's. results: a file of
+    measurements; None takes the one in the user's cache folder. options: of the kind (its `plan`). The rest as in
+    `sweep`.
     """
     if not results:
         results = default_results()

@@ -83,8 +83,9 @@ class Layer:
 class Calibration:
     """What was written.
 
-    path: the GGUF. tokens: read. context: the longest it is good for, in tokens. layers: whose keys are calibrated. centred: whether they are centred, too; reason: why
-    not, or None. error: the expected squared error of the scores, weighted as above, as a part of what it was.
+    path: the GGUF. tokens: read. context: the longest it is good for, in tokens. layers: whose keys are calibrated.
+    centred: whether they are centred, too; reason: why not, or None. error: the expected squared error of the scores,
+    weighted as above, as a part of what it was.
     """
 
     path: Path
@@ -264,7 +265,10 @@ class Moments:
             weight = np.zeros(len(keys))
             for h in range(g * group, (g + 1) * group):
                 queries2 = q[:, h].astype(np.float64) ** 2
-                pairs = _weights(q[:, h] @ k[:, g].T * np.float32(factor), mask, soft_cap) * counted
+                pairs = q[:, h] @ k[:, g].T
+                pairs *= np.float32(factor)
+                _weigh(pairs, mask, soft_cap)
+                pairs *= counted
                 weight += (queries2 / scale**2).sum(-1).astype(np.float32) @ pairs
                 self.queries2[g] += (pairs @ size.astype(np.float32)) @ queries2
             self.weight[g] += weight.sum()
@@ -290,14 +294,17 @@ def _counted(mask: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.where(token < SINKS, SINK_WEIGHT, far.astype(np.float32))
 
 
-def _weights(scores: NDArray[np.float32], mask: NDArray[np.float32], soft_cap: float) -> NDArray[np.float32]:
-    """p (1 - p) of each pair, p being the softmax of its row."""
+def _weigh(scores: NDArray[np.float32], mask: NDArray[np.float32], soft_cap: float) -> None:
+    """Put p (1 - p) in the place of each score, p being the softmax of its row. New arrays would cost more than sums."""
     if soft_cap:
-        scores = np.float32(soft_cap) * np.tanh(scores / np.float32(soft_cap))
-    scores = scores + mask
-    p = np.exp(scores - scores.max(-1, keepdims=True))
+        scores /= np.float32(soft_cap)
+        np.tanh(scores, out=scores)
+        scores *= np.float32(soft_cap)
+    scores += mask
+    scores -= scores.max(-1, keepdims=True)
+    p = np.exp(scores, out=scores)
     p /= p.sum(-1, keepdims=True)
-    return p * (1 - p)
+    p *= 1 - p
 
 
 def _floored(squares: Vectors) -> Vectors:

@@ -58,8 +58,8 @@ def verify(
     """Compare two models, each a GGUF or the folder of a Hugging Face checkpoint; at least one must be a GGUF.
 
     text: a UTF-8 file to read; None takes a bundled one. tokens: how many of it. types: cache types of the GGUFs, f32
-    to round nothing. threads: of the CPU. trust_remote_code: run Python files of a folder where transformers needs them. A
-    GGUF is run by libllama, a folder by transformers in float32. Raises TurboquantError.
+    to round nothing. threads: of the CPU. trust_remote_code: run Python files of a folder where transformers needs
+    them. A GGUF is run by libllama, a folder by transformers in float32. Raises TurboquantError.
     """
     gguf = next((path for path in (a, b) if not path.is_dir()), None)
     if gguf is None:
