@@ -6,10 +6,11 @@
 #include <string>
 
 static int32_t number_of_tokens(const std::string & text) {
-    if (text.empty() || text.size() > 9 || text.find_first_not_of("0123456789") != std::string::npos) {
+    const int32_t tokens = llama_turbo_number_of_tokens(text);
+    if (tokens == LLAMA_TURBO_UNSAID) {
         throw std::invalid_argument("'" + text + "' is not a number of tokens");
     }
-    return std::stoi(text);
+    return tokens;
 }
 
 static const std::initializer_list<llama_example> WITH_DRAFTS = {

@@ -54,7 +54,8 @@ std::unique_ptr<llama_turbo_kv> llama_turbo_kv::make(llama_kv_cache & cache) {
     made->mark = (made->keys ? made->keys->hash() : 0) ^ (values_rotated ? 2 : 0) ^ (made->latent ? 4 : 0);
 
     std::lock_guard<std::mutex> lock(stores_mutex);
-    for (uint32_t i = 0; made->keys || made->window ? i < cache.layers.size() : false; ++i) {
+    const uint32_t n_changed = made->keys || made->window ? cache.layers.size() : 0;
+    for (uint32_t i = 0; i < n_changed; ++i) {
         key_store store = { made.get(), i, nullptr, {}, made->window ? made->window->memory(i) : nullptr };
         for (const auto & [il, id] : cache.map_layer_ids) {
             if (made->keys && (uint32_t) id == i && made->keys->scale(il)) {

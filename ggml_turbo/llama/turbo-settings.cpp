@@ -78,10 +78,11 @@ static int32_t number_of_tokens(const char * name, const char * old_name) {
     if (text.empty()) {
         return LLAMA_TURBO_UNSAID;
     }
-    if (text.size() > 9 || text.find_first_not_of("0123456789") != std::string::npos) {
+    const int32_t tokens = llama_turbo_number_of_tokens(text);
+    if (tokens == LLAMA_TURBO_UNSAID) {
         throw std::runtime_error(format("%s is '%s', which is not a number of tokens", name, text.c_str()));
     }
-    return std::atoi(text.c_str());
+    return tokens;
 }
 
 static int32_t use_of_calibration(const char * name, const char * old_name) {

@@ -44,6 +44,14 @@ LLAMA_API bool llama_turbo_set_options(const struct llama_turbo_params * params,
 #ifdef __cplusplus
 }
 
+#include <string>
+
+// The number of tokens that an option or a variable says; LLAMA_TURBO_UNSAID if it says none.
+inline int32_t llama_turbo_number_of_tokens(const std::string & text) {
+    const bool is_number = !text.empty() && text.size() <= 9 && text.find_first_not_of("0123456789") == std::string::npos;
+    return is_number ? std::stoi(text) : LLAMA_TURBO_UNSAID;
+}
+
 // What holds for the context that this thread is making, all fields said but cache_window, whose default depends on
 // types. Throws where the environment says what cannot be.
 void llama_turbo_take_params(bool is_draft);

@@ -7,10 +7,6 @@
 #include "llama/turbo-settings.h"
 
 #include <algorithm>
-#include <cstdio>
-#include <cstdlib>
-
-#include <unistd.h>
 
 namespace {
 
@@ -81,13 +77,7 @@ public:
         for (const kind & k : KINDS) {
             contexts.push_back(make(k));
         }
-        snprintf(path, sizeof(path), "%s/turbo-fuzz-XXXXXX", getenv("TMPDIR") ? getenv("TMPDIR") : "/tmp");
-        const int file = mkstemp(path);
-        expect(file >= 0, "no temporary file can be made");
-        close(file);
     }
-
-    ~states() override { unlink(path); }
 
     void run(fuzz_random & random) override {
         context & c = contexts[random.below(contexts.size())];
@@ -114,7 +104,6 @@ public:
 private:
     std::vector<llama_model_ptr> models;
     std::vector<context>         contexts;
-    char     path[4096];
     uint64_t restored = 0, refused = 0, batches = 0;
 
     context make(const kind & k) {

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any, Self
 
@@ -188,8 +188,7 @@ class Quality(Kind):
         piece = cls(work.model, work.facts, work.threads, {}, text, base, context, **options)
         with Model(work.model, vocabulary_only=True) as model:
             count = len(piece.cut(model)[:chunks])
-        yield cls(work.model, work.facts, work.threads, dict.fromkeys(range(count), work.types), text, base, context,
-                  **options)  # fmt: skip
+        yield replace(piece, parts=dict.fromkeys(range(count), work.types))
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -280,12 +280,8 @@ class Retrieval(Kind):
 
     @classmethod
     def conditions(cls, finding: Finding) -> list[str]:
-        answers = [answer for own in finding.values.values() for answer in own]
-        lengths, depths = (
-            ", ".join(f"{value:g}" for value in sorted({answer[name] for answer in answers}))
-            for name in ("length", "depth")
-        )
-        trials = tables.count(max(answer["trial"] for answer in answers), "trial")
+        lengths, depths = (", ".join(f"{value:g}" for value in _asked(finding, name)) for name in ("length", "depth"))
+        trials = tables.count(_asked(finding, "trial")[-1], "trial")
         text = [f"in {finding.settings['text']}"] if finding.settings.get("text") else []
         return [f"prompts of {lengths} tokens", *text, f"needles at {depths} %", f"{trials} of each"]
 
@@ -317,8 +313,7 @@ class Retrieval(Kind):
 
     @classmethod
     def maps(cls, finding: Finding) -> list[HeatMap]:
-        answers = [answer for own in finding.values.values() for answer in own]
-        lengths, depths = (sorted({answer[name] for answer in answers}) for name in ("length", "depth"))
+        lengths, depths = (_asked(finding, name) for name in ("length", "depth"))
         found = []
         for types in types_by_bits(finding.values):
             of_type = shares(finding, types)
@@ -347,6 +342,11 @@ class Retrieval(Kind):
             if score := by_types.get(types):
                 for metric in ("lost", "gained", "p_value"):
                     yield types, {"metric": metric, "value": getattr(score, metric)}
+
+
+def _asked(finding: Finding, what: str) -> list:
+    """The lengths, depths or trials ("length", "depth", "trial") of all prompts, each once and in order."""
+    return sorted({answer[what] for answers in finding.values.values() for answer in answers})
 
 
 def found_by(finding: Finding, types: CacheTypes) -> dict[Place, bool]:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
+from ..core import environment
 from . import ggml
 
 VARIABLES = {
@@ -72,19 +73,9 @@ def in_effect() -> RecentWindow:
     return RecentWindow(*(int(text) if text.isdecimal() else None for text in (recent, sinks)))
 
 
-@contextmanager
-def use(window: RecentWindow) -> Iterator[None]:
+def use(window: RecentWindow) -> AbstractContextManager[None]:
     """Let this process and those it starts have `window` for the length of a block."""
-    before = {name: os.environ.get(name) for name in window.environment()}
-    os.environ |= window.environment()
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+    return environment.changed(window.environment())
 
 
 def set_next(window: RecentWindow, *, force_calibration: bool = False) -> None:

@@ -8,13 +8,13 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
+from ..core.signals import unwind
 from ..errors import TurboquantError
 from ..kinds import Failure, Kind
 from ..kinds.base import Row, Step
@@ -59,7 +59,7 @@ def here(work: Sequence[Kind]) -> Iterator[Found]:
 def _send(one: Kind, pipe: Connection) -> None:
     """The work of a process: sends what is found, and None at the end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the sweep, which then ends us
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # stops llama-server on the way out
+    unwind()  # stops llama-server on the way out
     threading.Thread(target=_end_with_parent, daemon=True).start()
     for found in _measured(one, lambda text, share: pipe.send(Progress(text, share))):
         pipe.send(found)

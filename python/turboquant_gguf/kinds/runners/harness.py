@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...core import environment
 from ...errors import TurboquantError
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 REQUEST_SECONDS = 24 * 3600  # one answer, however long and slow: a server that dies is noticed at once
 _LOGGERS = ("lm_eval", "datasets", "evaluate", "huggingface_hub")
+_NO_PROXY = {"no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1"}
+"""Keeps requests to loopback from a proxy of the environment."""
 
 
 class UnknownTaskError(TurboquantError, ValueError):
@@ -95,7 +98,7 @@ class Tasks:
         np.random.seed(seed)
         for task in self._loaded["tasks"].values():
             _configure(task, num_fewshot, max_tokens, seed)
-        with _captured_log() as log, _no_proxy():
+        with _captured_log() as log, environment.changed(_NO_PROXY):
             try:
                 # Not simple_evaluate, which also runs git and asks PyTorch about the machine, each time.
                 return lm_eval.evaluate(
@@ -228,21 +231,6 @@ def _captured_log() -> Iterator[list[str]]:
     finally:
         for logger, (handlers, propagate) in zip(loggers, before, strict=True):
             logger.handlers, logger.propagate = handlers, propagate
-
-
-@contextmanager
-def _no_proxy() -> Iterator[None]:
-    """Keeps requests to loopback from a proxy of the environment inside the block."""
-    before = {name: os.environ.get(name) for name in ("no_proxy", "NO_PROXY")}
-    os.environ |= dict.fromkeys(before, "127.0.0.1")
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def _reason(log: list[str]) -> str | None:
