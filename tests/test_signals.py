@@ -63,3 +63,21 @@ def test_other_exceptions_that_python_drops_are_reported():
         [sys.executable, "-c", program.replace("30", "0")], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0 and "ZeroDivisionError" in done.stderr
+
+
+def test_what_is_ignored_is_ignored_by_children_too():
+    """A hangup could end a child that is being started, while its group is still ours."""
+    program = """
+import signal, subprocess, sys
+from turboquant_gguf.core.signals import deferred
+
+for number in (signal.SIGINT, signal.SIGHUP):
+    signal.signal(number, signal.SIG_IGN)
+ask = "import signal; print(*(signal.getsignal(n) == signal.SIG_IGN for n in (signal.SIGINT, signal.SIGHUP)))"
+with deferred() as waits:
+    signal.raise_signal(signal.SIGHUP)
+    assert not waits()
+    subprocess.run([sys.executable, "-c", ask], check=True)
+"""
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert found.stdout == "True True\n", found.stderr

@@ -60,14 +60,15 @@ def _raise_in_main(number: int) -> None:
 def deferred() -> Iterator[Callable[[], bool]]:
     """SIGINT, SIGTERM and SIGHUP in the block take effect at its end. Yields what tells whether one waits.
 
-    A handler that raises inside a callback from C would be ignored, and Ctrl-C with it. In a thread other than the main
-    one, where Python handles no signals, nothing is changed.
+    A handler that raises inside a callback from C would be ignored, and Ctrl-C with it. What is ignored stays so, for
+    the children that are started here too. In a thread other than the main one, where Python handles no signals,
+    nothing is changed.
     """
     waiting: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
-    previous = {number: signal.getsignal(number) for number in _ENDING}
+    previous = {number: signal.getsignal(number) for number in _ENDING if signal.getsignal(number) != signal.SIG_IGN}
     for number in previous:
         signal.signal(number, lambda number, _frame: waiting.append(number))
     try:
