@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import sys
 import tarfile
 import time
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -37,7 +39,6 @@ from pathlib import Path
 
 INFO = "turboquant_gguf-0.1.0.dist-info/"
 METADATA = "Metadata-Version: 2.1\nName: turboquant-gguf\nVersion: 0.1.0\n"
-EXTRAS = "".join(f"Provides-Extra: {name}\n" for name in ("cluster", "convert", "eval", "python", "report", "test"))
 
 def build_wheel(folder, config_settings=None, metadata_directory=None):
     print("[1/2] Building C object first.c", flush=True)
@@ -52,7 +53,7 @@ def build_wheel(folder, config_settings=None, metadata_directory=None):
     greeting = Path("python/greeting.txt").read_text()
     with zipfile.ZipFile(Path(folder) / name, "w") as wheel:
         wheel.writestr("greet.py", f"import sys\ndef main(): print({greeting!r}, sys.argv[1:])\n")
-        wheel.writestr(INFO + "METADATA", METADATA + EXTRAS)
+        wheel.writestr(INFO + "METADATA", METADATA)
         wheel.writestr(INFO + "WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         wheel.writestr(INFO + "entry_points.txt", "[console_scripts]\nturboquant-gguf = greet:main\n")
         wheel.writestr(INFO + "RECORD", "")
@@ -71,6 +72,7 @@ class Repository:
         (root / "pyproject.toml").write_text(PYPROJECT)
         (root / "backend.py").write_text(BACKEND)
         (root / "python" / "greeting.txt").write_text("hello")
+        (root / "tools" / "build-requirements.txt").write_text("# none\n")
 
     def start(self, *arguments: str, **environment: str) -> subprocess.Popen:
         command = [sys._base_executable, self.root / "tools" / "bootstrap.py", *arguments]
@@ -154,7 +156,7 @@ def test_failed_build_names_the_error_and_the_next_run_recovers(installed):
     failed = installed.run("demo")
     assert failed.returncode == 1
     assert "first.c:3: error: a semicolon is missing" in failed.stderr
-    assert "installed in" not in failed.stderr
+    assert "turboquant-gguf: installed in" not in failed.stderr
     (installed.root / "fail").unlink()
     assert installed.run("demo").stdout == "mended ['demo']\n"
 
@@ -164,6 +166,42 @@ def test_test_command_installs_the_extras_and_runs_pytest(installed):
     assert "No module named pytest" in missing.stderr
     stamp = json.loads((installed.root / ".venv" / "bootstrap-stamp.json").read_text())
     assert {"cluster", "convert", "eval", "python", "report", "test"} <= set(stamp["extras"])
+
+
+def test_build_tools_are_installed_by_hash(tmp_path):
+    """Another file of the same name and version is refused; what the build then asks for is not fetched elsewhere."""
+    repository = Repository(tmp_path / "repository")
+    (repository.root / "pyproject.toml").write_text(PYPROJECT.replace("requires = []", 'requires = ["a_tool"]'))
+    (repository.root / "backend.py").write_text("import a_tool\n" + BACKEND)
+    wheel = tmp_path / "index" / "a_tool-1.0-py3-none-any.whl"
+    wheel.parent.mkdir()
+    info = "a_tool-1.0.dist-info/"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("a_tool.py", "")
+        archive.writestr(info + "METADATA", "Metadata-Version: 2.1\nName: a_tool\nVersion: 1.0\n")
+        archive.writestr(info + "WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(info + "RECORD", "")
+    listed = repository.root / "tools" / "build-requirements.txt"
+    offline = {"PIP_FIND_LINKS": str(wheel.parent), "PIP_CONFIG_FILE": os.devnull, "PIP_NO_CACHE_DIR": "1"}
+
+    listed.write_text(f"a_tool==1.0 --hash=sha256:{'0' * 64}\n")
+    failed = repository.run("demo", **offline)
+    assert failed.returncode == 1 and "The download of the build tools is not the published file" in failed.stderr
+    assert repository.builds() == 0
+
+    listed.write_text(f"a_tool==1.0 --hash=sha256:{hashlib.sha256(wheel.read_bytes()).hexdigest()}\n")
+    assert repository.run("demo", **offline).stdout == "hello ['demo']\n"
+
+
+def test_what_builds_is_listed_with_a_hash():
+    """All that pyproject.toml asks for but pip, which each .venv has, and each requirement with at least one hash."""
+    root = BOOTSTRAP.parent.parent
+    listed = (root / "tools" / "build-requirements.txt").read_text()
+    lines = [line for line in listed.replace("\\\n", "").splitlines() if not line.startswith("#")]
+    assert lines and all(re.fullmatch(r"[\w-]+==[\w.]+( +--hash=sha256:[0-9a-f]{64})+ *", line) for line in lines)
+    wanted = tomllib.loads((root / "pyproject.toml").read_text())["build-system"]["requires"]
+    names = {re.match(r"[\w-]+", requirement)[0] for requirement in [*wanted, "cmake", "ninja"]} - {"pip"}
+    assert names <= {line.partition("==")[0] for line in lines}
 
 
 def test_bindings_are_installed_by_hash_before_they_run(tmp_path):
@@ -224,8 +262,7 @@ def test_missing_compiler(tmp_path):
 
 def test_no_network(tmp_path):
     repository = Repository(tmp_path)
-    pyproject = tmp_path / "pyproject.toml"
-    pyproject.write_text(PYPROJECT.replace("requires = []", 'requires = ["scikit-build-core"]'))
+    (tmp_path / "pyproject.toml").write_text(PYPROJECT + 'dependencies = ["numpy"]\n')
     closed_port = "http://127.0.0.1:9/simple"
     offline = {"PIP_NO_INDEX": "0", "PIP_INDEX_URL": closed_port, "PIP_RETRIES": "0", "PIP_NO_CACHE_DIR": "1"}
     failed = repository.run("demo", PIP_CONFIG_FILE=os.devnull, PIP_FIND_LINKS="", **offline)

@@ -29,9 +29,10 @@ PYTHON = VENV / "bin" / "python"
 UNFINISHED = VENV / "bootstrap-unfinished"
 STAMP = VENV / "bootstrap-stamp.json"
 LOG = VENV / "bootstrap.log"
+BUILD_REQUIREMENTS = ROOT / "tools" / "build-requirements.txt"
 
 # What an installation is made from; a change in any of it asks for a new one.
-SOURCES = ("pyproject.toml", "CMakeLists.txt", "cmake", "ggml_turbo", "models", "python")
+SOURCES = ("pyproject.toml", "CMakeLists.txt", "cmake", "ggml_turbo", "models", "python", "tools/build-requirements.txt")
 EXTRAS = {"demo": [], "test": ["cluster", "convert", "eval", "python", "report", "test"]}
 
 # llama-cpp-python brings a llama.cpp of its own; we want its bindings only, over the libraries built here.
@@ -97,13 +98,20 @@ def install(extras):
     STAMP.unlink(missing_ok=True)
     UNFINISHED.touch()
     LOG.write_text("")
-    for requirement in _bindings(extras):
-        # By hash, before anything in it runs. What it depends on comes with ours, which names it as well.
-        listed = VENV / "bindings.txt"
-        listed.write_text("%s --hash=sha256:%s\n" % (requirement, _pin()["sha256"]))
-        arguments = ["--no-deps", "--require-hashes", "--requirement", str(listed)]
-        _pip("the Python bindings", arguments, {"CMAKE_ARGS": BINDINGS_CMAKE_ARGS})
-    _pip("turboquant-gguf", ["%s[%s]" % (ROOT, ",".join(extras)) if extras else str(ROOT)], {})
+    # What builds is installed by hash, before anything in it runs, and builds without the isolation in which pip would
+    # fetch others. What the bindings depend on comes with our dependencies, which name them as well.
+    hashed = ["--no-deps", "--require-hashes", "--requirement"]
+    build = ["--no-deps", "--no-build-isolation"]
+    _pip("the build tools", [*hashed, str(BUILD_REQUIREMENTS)], {})
+    dependencies = _dependencies(extras)
+    for requirement in dependencies:
+        if requirement.startswith(BINDINGS):
+            listed = VENV / "bindings.txt"
+            listed.write_text("%s --hash=sha256:%s\n" % (requirement, _pin()["sha256"]))
+            _pip("the Python bindings", [*build, *hashed, str(listed)], {"CMAKE_ARGS": BINDINGS_CMAKE_ARGS})
+    if dependencies:
+        _pip("the Python packages", dependencies, {})
+    _pip("turboquant-gguf", [*build, str(ROOT)], {})
     STAMP.write_text(json.dumps(dict(wanted, extras=extras)))
     UNFINISHED.unlink()
 
@@ -167,11 +175,12 @@ def _make_venv():
         raise Failure("A virtual environment could not be made in %s: %s" % (VENV, done.stdout.strip()))
 
 
-def _bindings(extras):
-    """The requirement of llama-cpp-python that `extras` of pyproject.toml name, as a list of none or one."""
-    named = _toml("pyproject.toml")["project"].get("optional-dependencies", {})
-    requirements = {line for extra in extras for line in named.get(extra, []) if line.startswith(BINDINGS)}
-    return sorted(requirements)
+def _dependencies(extras):
+    """What pyproject.toml says that this project and these of its extras need, as a list of requirements."""
+    project = _toml("pyproject.toml")["project"]
+    named = project.get("optional-dependencies", {})
+    requirements = {line for extra in extras for line in named.get(extra, [])}
+    return sorted(requirements.union(project.get("dependencies", [])))
 
 
 def _pin():
