@@ -3,6 +3,7 @@
 import ctypes
 import os
 import re
+import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -291,6 +292,51 @@ def test_a_damaged_window_of_a_state_is_refused(what, tiny):
         assert cache.llama.llama_memory_seq_pos_max(cache.memory, 1) == -1
         cache.remove(0, 60, -1)
         assert compare(expected, cache.answer(SMALL_PROMPT[60:70], 60)).relative_error < 1e-3
+
+
+def test_a_window_that_is_skipped_takes_no_memory_for_what_is_said_of_its_size(tiny):
+    """A damaged state says that a token has 4 GB, to a context without a window."""
+
+    def peak() -> int:
+        return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+    with Sequences(tiny, TURBO3, window=32) as cache:
+        cache.prompt(SMALL_PROMPT[:60])
+        state = bytearray(cache.saved(0))
+    begin = state.index(b"idnw") + 8
+    state[begin : begin + 8] = (2**32 - 1).to_bytes(8, "little")
+    with Sequences(tiny, TURBO3, window=0) as cache:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is what we have now
+        before = peak()
+        assert cache.read_state(bytes(state), 1) == 0
+        assert peak() - before < 2**30
+        assert np.isfinite(cache.prompt(SMALL_PROMPT[:60])).all()
+
+
+def test_a_sequence_of_no_tokens_is_saved(tiny):
+    with Sequences(tiny, TURBO3, window=32) as cache:
+        expected = cache.prompt(SMALL_PROMPT[:60])
+        cache.restore(cache.saved(2), 1)
+        cache.remove(0, -1, -1)
+        assert compare(expected, cache.prompt(SMALL_PROMPT[:60])).relative_error < 1e-3
+
+
+def test_a_state_that_names_a_sequence_twice_is_refused(tiny):
+    """The cell would count twice for it, and the sequence keep a cell that is empty."""
+    with Sequences(tiny, TURBO3, window=32) as cache:
+        cache.prompt(SMALL_PROMPT[:60])
+        cache.copy(0, 1)
+        state = bytearray(cache.saved_whole())
+        cell = struct.pack("<iIii", 7, 2, 0, 1)  # a position, and how many sequences have it: 0 and 1
+        assert state.count(cell) == 1
+        begin = state.index(cell)
+        state[begin : begin + len(cell)] = struct.pack("<iIii", 7, 2, 0, 0)
+        data = (ctypes.c_uint8 * len(state)).from_buffer(state)
+        assert cache.llama.llama_state_set_data(cache.context, data, len(state)) == 0
+        cache.clear()
+        expected = cache.prompt(SMALL_PROMPT[:60])
+        cache.remove(0, -1, -1)
+        assert compare(expected, cache.prompt(SMALL_PROMPT[:60])).relative_error < 1e-3
 
 
 def test_windows_of_many_sequences_never_outweigh_what_the_cache_saves(tiny):
