@@ -366,6 +366,8 @@ struct part {
     const ggml_tensor * mask;    // null: every query sees every key
     int64_t             column;  // of the mask, of the first key
     const ggml_tensor * columns; // null, or of the cache's keys in the window's mask
+    const ggml_tensor * tiles;   // null, or of each key, from index tile on: which number of a query is added to its product
+    int64_t             tile;
 
     int64_t n_keys() const { return k->ne[1]; }
 
@@ -435,14 +437,16 @@ struct attention {
 
     explicit attention(const ggml_tensor * op) : dst(op), q(op->src[0]), sinks(op->src[4]), n_parts(1) {
         const float * factors = (const float *) op->op_params;
-        parts[0] = { op->src[1], op->src[2], op->src[3], 0, nullptr };
+        parts[0] = { op->src[1], op->src[2], op->src[3], 0, nullptr, nullptr, 0 };
         if (turbo_is_window_attention(op)) {
             const ggml_tensor * mask = op->src[TURBO_WINDOW_MASK_W];
             factors = turbo_window_params(op);
             turbo_window_ring(op, &ring_k, &ring_v);
-            parts[0].columns = op->src[TURBO_WINDOW_COLUMNS];
-            parts[1] = { &ring_k, &ring_v, mask, 0, nullptr };
-            parts[2] = { op->src[TURBO_WINDOW_NEW_K], op->src[TURBO_WINDOW_NEW_V], mask, ring_k.ne[1], nullptr };
+            const ggml_tensor * columns = op->src[TURBO_WINDOW_COLUMNS], * tiles = turbo_window_biases(op) > 0 ? columns : nullptr;
+            const int64_t n_kv = parts[0].n_keys(), n_slots = ring_k.ne[1];
+            parts[0].columns = columns, parts[0].tiles = tiles, parts[0].tile = n_kv;
+            parts[1] = { &ring_k, &ring_v, mask, 0, nullptr, tiles, 2*n_kv };
+            parts[2] = { op->src[TURBO_WINDOW_NEW_K], op->src[TURBO_WINDOW_NEW_V], mask, n_slots, nullptr, tiles, 2*n_kv + n_slots };
             n_parts  = 3;
         }
         scale = factors[0], max_bias = factors[1], softcap = factors[2];
@@ -627,6 +631,27 @@ struct attention {
         });
     }
 
+    // Adds to products of queries and keys what a query adds to those of a tile of positions. Scores of keys that nobody sees
+    // may become any number.
+    void add_biases(const scratch & s, const part & p, int64_t stream, int64_t key0, const view & seen, const float ** queries) const {
+        const int32_t * tiles = (const int32_t *) ((const char *) p.tiles->data + stream*p.tiles->nb[3]) + p.tile + key0;
+        const bool is_one = std::all_of(tiles, tiles + seen.end, [&](int32_t tile) { return tile == tiles[0]; });
+        seen.each_row([&](int r) {
+            const float * biases = queries[r] + size_k;
+            float *       scores = s.scores + r*KEYS;
+            if (is_one) {
+                const turbo_f32 bias = turbo_f32_set1(biases[tiles[0]]);
+                for (int key = 0; key < scored(seen.end); key += TURBO_F32_LANES) {
+                    turbo_f32_store(scores + key, turbo_f32_add(turbo_f32_load(scores + key), bias));
+                }
+            } else {
+                for (int key = 0; key < seen.end; ++key) {
+                    scores[key] += biases[tiles[key]];
+                }
+            }
+        });
+    }
+
     // Scores of a row become weights; row_mask has KEYS entries, of which those from `keys` on are masked.
     void softmax(float * scores, const uint16_t * row_mask, int keys, float slope, partial & row) const {
         keys = scored(keys);
@@ -708,10 +733,11 @@ struct attention {
 
         partial rows[ROWS];
         float   slopes[ROWS];
+        const float * queries[ROWS];
         for (int r = 0; r < n; ++r) {
             const int64_t h = head_of(kv_head, row0 + r);
-            load_query(s, r, (const float *) ((const char *) q->data
-                + query_of(row0 + r)*q->nb[1] + h*q->nb[2] + stream*q->nb[3]));
+            queries[r] = (const float *) ((const char *) q->data + query_of(row0 + r)*q->nb[1] + h*q->nb[2] + stream*q->nb[3]);
+            load_query(s, r, queries[r]);
             rows[r].out = s.out + r*size_v;
             slopes[r]   = turbo_alibi_slope(h, n_heads, max_bias);
         }
@@ -730,6 +756,9 @@ struct attention {
                 }
                 load_keys(s, p.k, stream, kv_head, key0, seen.end);
                 score(s, p.k->type, seen);
+                if (p.tiles) {
+                    add_biases(s, p, stream, key0, seen, queries);
+                }
                 seen.each_row([&](int r) { softmax(s.scores + r*KEYS, masks[r], seen.end, slopes[r], rows[r]); });
                 add(s, p.v, stream, kv_head, key0, seen);
             }

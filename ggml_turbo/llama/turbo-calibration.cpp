@@ -1,19 +1,22 @@
 #include "llama/turbo-calibration.h"
 
+#include "llama-cparams.h"
 #include "llama-impl.h"
 #include "llama-model.h"
+#include "turbo-centers.h"
 #include "turbo-settings.h"
 
 #include "gguf.h"
 
+#include <algorithm>
 #include <cmath>
 #include <stdexcept>
 #include <string>
 
 static const std::string KEY = "turboquant.keys.";
 
-// Files that do not say what they were measured for were measured at positions 0 to 1023. That far again the gain is
-// smaller; at 8192 it has become a loss (docs/calibration.md).
+// In files of version 1 no centre turns. Those that do not say what they were measured for were measured at positions 0 to
+// 1023. That far again the gain is smaller; at 8192 it has become a loss (docs/calibration.md).
 static const uint32_t CONTEXT_UNSAID = 2048;
 
 // What the floors in calibration.py allow in a head of n channels: variances and squares from 1e-8 to n times their mean,
@@ -91,18 +94,20 @@ std::shared_ptr<const llama_turbo_calibration> llama_turbo_calibration::load(con
     if (version < 0) {
         return nullptr;
     }
-    if (gguf_get_kv_type(metadata, version) != GGUF_TYPE_UINT32 || gguf_get_val_u32(metadata, version) != 1) {
-        throw refusal("is not of version 1, the only one this build knows");
+    const uint32_t known = gguf_get_kv_type(metadata, version) == GGUF_TYPE_UINT32 ? gguf_get_val_u32(metadata, version) : 0;
+    if (known != 1 && known != 2) {
+        throw refusal("is of another version than 1 and 2, which this build knows");
     }
     const auto & hparams = model.hparams;
     const auto sizes   = array<int32_t>(metadata, "sizes",  GGUF_TYPE_INT32);
     const auto centers = array<float>  (metadata, "center", GGUF_TYPE_FLOAT32);
     const auto scales  = array<float>  (metadata, "scale",  GGUF_TYPE_FLOAT32);
+    const auto turned  = array<int32_t>(metadata, "turned", GGUF_TYPE_INT32);
     if (hparams.is_mla()) {
         throw refusal("is of no use: models of this architecture cannot be calibrated");
     }
-    if (!centers.empty() && (hparams.attn_soft_cap || has_sinks(metadata, hparams.n_layer_all))) {
-        throw refusal("centres keys, which changes a model with attention sinks or a cap on its scores");
+    if (turned.size() != (known == 1 ? 0 : sizes.size())) {
+        throw refusal("does not say of each layer how its centre turns");
     }
     if (sizes.size() != hparams.n_layer_all) {
         throw refusal(format("is of a model of %zu layers, and this one has %u", sizes.size(), hparams.n_layer_all));
@@ -113,7 +118,9 @@ std::shared_ptr<const llama_turbo_calibration> llama_turbo_calibration::load(con
     if (context >= 0 && gguf_get_kv_type(metadata, context) != GGUF_TYPE_UINT32) {
         throw refusal("has a " + KEY + "context of the wrong type");
     }
-    result->context = context >= 0 ? gguf_get_val_u32(metadata, context) : CONTEXT_UNSAID;
+    result->context = context >= 0 ? gguf_get_val_u32(metadata, context) : known == 1 ? CONTEXT_UNSAID : UINT32_MAX;
+    result->version = known;
+    const bool scores_shift = hparams.attn_soft_cap || has_sinks(metadata, hparams.n_layer_all);
     size_t begin = 0;
     for (size_t il = 0; il < sizes.size(); ++il) {
         if (sizes[il] < 0 || (sizes[il] != 0 && (uint32_t) sizes[il] != hparams.n_embd_k_gqa(il))) {
@@ -129,6 +136,14 @@ std::shared_ptr<const llama_turbo_calibration> llama_turbo_calibration::load(con
             made.center.assign(centers.begin() + begin, centers.begin() + begin + size);
         }
         check_values(made, il, hparams.n_embd_head_k(il));
+        made.n_turned = turned.empty() ? 0 : turned[il];
+        if (made.n_turned != 0 && (made.n_turned != hparams.n_rot(il) || made.center.empty() || !hparams.has_rope(il))) {
+            throw refusal(format("has a centre that turns in %u channels in layer %zu, in which the model's keys do not", made.n_turned, il));
+        }
+        if (scores_shift && made.n_turned == 0 &&
+                std::any_of(made.center.begin(), made.center.end(), [](float value) { return value != 0.0f; })) {
+            throw refusal("centres keys, which changes a model with attention sinks or a cap on its scores");
+        }
         result->layers.push_back(std::move(made));
         begin += size;
     }
@@ -139,37 +154,70 @@ std::shared_ptr<const llama_turbo_calibration> llama_turbo_calibration::load(con
     hash_into(result->hash, sizes);
     hash_into(result->hash, centers);
     hash_into(result->hash, scales);
+    hash_into(result->hash, turned);
     result->hash |= 1;
     return result;
 }
 
 static thread_local struct {
-    uint32_t n_ctx = 0; // 0: not known
-    bool     warned;    // a model with sliding windows has two caches
+    const llama_cparams * cparams = nullptr; // of the context; null: not known
+    bool                  warned;            // a model with sliding windows has two caches
 } making;
 
-llama_turbo_context::llama_turbo_context(uint32_t n_ctx) {
-    making = { n_ctx, false };
+llama_turbo_context::llama_turbo_context(const llama_cparams & cparams) {
+    making = { &cparams, false };
 }
 
 llama_turbo_context::~llama_turbo_context() {
-    making.n_ctx = 0;
+    making.cparams = nullptr;
 }
 
 // Whether the context that is being made is longer than the calibration is good for.
 static bool is_too_long(const llama_turbo_calibration & calibration) {
-    if (making.n_ctx <= GGML_PAD((uint64_t) calibration.context, 256)) { // as contexts are
+    const uint32_t n_ctx = making.cparams ? making.cparams->n_ctx_seq : 0;
+    if (n_ctx <= GGML_PAD((uint64_t) calibration.context, 256)) { // as contexts are
         return false;
     }
     if (!making.warned) {
         LLAMA_LOG_WARN("llama_kv_cache: keys are not calibrated: the calibration in the file is for contexts of up to %u tokens, and this one "
-            "has %u; turboquant-gguf calibrate --context %u makes one for it\n", calibration.context, making.n_ctx, making.n_ctx);
+            "has %u; turboquant-gguf calibrate makes one for all contexts\n", calibration.context, n_ctx);
         making.warned = true;
     }
     return true;
 }
 
-std::shared_ptr<llama_turbo_keys> llama_turbo_keys::make(const llama_model & model, ggml_type type_k, const std::map<uint32_t, place> & places) {
+llama_turbo_keys::llama_turbo_keys()  = default;
+llama_turbo_keys::~llama_turbo_keys() = default;
+
+// For each KV head, what makes a centre of a tile's basis, [basis, channels], and its transpose for each head.
+static void set_turned(const llama_turbo_calibration::layer & from, const llama_turbo_rope & rope, ggml_tensor * turned, ggml_tensor * q_turned) {
+    const size_t n_basis = turned->ne[0], n_embd = q_turned->ne[0];
+    std::vector<float> a(ggml_nelements(turned), 0.0f), b(a.size());
+    for (size_t first = 0; first < from.center.size(); first += n_embd) { // a head
+        const auto at = [&](size_t channel, size_t i) -> float & { return a[(first + channel)*n_basis + i]; };
+        for (size_t pair = 0; pair < rope.angles.size(); ++pair) {
+            const llama_turbo_mean_turn mean(rope.angles[pair]);
+            const auto [x, y] = rope.channels(pair);
+            const double mx = from.center[first + x], my = from.center[first + y];
+            const double cx = mean.real*mx - mean.imaginary*my, cy = mean.real*my + mean.imaginary*mx; // at the tile's first position
+            at(x, 2*pair) = cx, at(x, 2*pair + 1) = -cy; // of cosine, of sine
+            at(y, 2*pair) = cy, at(y, 2*pair + 1) =  cx;
+        }
+        for (size_t channel = rope.n_rot(); channel < n_embd; ++channel) {
+            at(channel, n_basis - 1) = from.center[first + channel];
+        }
+        for (size_t channel = 0; channel < n_embd; ++channel) {
+            for (size_t i = 0; i < n_basis; ++i) {
+                b[first*n_basis + i*n_embd + channel] = at(channel, i);
+            }
+        }
+    }
+    ggml_backend_tensor_set(turned,   a.data(), 0, ggml_nbytes(turned));
+    ggml_backend_tensor_set(q_turned, b.data(), 0, ggml_nbytes(q_turned));
+}
+
+std::shared_ptr<llama_turbo_keys> llama_turbo_keys::make(
+        const llama_model & model, ggml_type type_k, const std::map<uint32_t, place> & places, const char * no_turning) {
     const auto & calibration = model.turbo_calibration;
     const int32_t use = llama_turbo_taken_params().calibration;
     if (!calibration || use == LLAMA_TURBO_USE_NONE ||
@@ -179,6 +227,7 @@ std::shared_ptr<llama_turbo_keys> llama_turbo_keys::make(const llama_model & mod
 
     auto result = std::make_shared<llama_turbo_keys>();
     result->calibration = calibration;
+    size_t n_centered = 0, n_kept_back = 0;
     for (const auto & [il, place] : places) {
         const auto & from = calibration->layers[place.owner];
         if (from.scale.empty()) {
@@ -186,15 +235,30 @@ std::shared_ptr<llama_turbo_keys> llama_turbo_keys::make(const llama_model & mod
         }
         auto & ctx = result->bufs[place.buft].first;
         if (!ctx) {
-            ctx.reset(ggml_init({ /*.mem_size =*/ 3*places.size()*ggml_tensor_overhead(), /*.mem_buffer =*/ nullptr, /*.no_alloc =*/ true }));
+            ctx.reset(ggml_init({ /*.mem_size =*/ 5*places.size()*ggml_tensor_overhead(), /*.mem_buffer =*/ nullptr, /*.no_alloc =*/ true }));
         }
+        const auto matrix = [&ctx](int64_t n0, int64_t n1, int64_t n2 = 1) {
+            return ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, n0, n1, n2);
+        };
         const int64_t n_embd = model.hparams.n_embd_head_k(place.owner);
         const int64_t n_kv   = model.hparams.n_head_kv(place.owner);
-        result->layers[il] = {
-            from.center.empty() ? nullptr : ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, n_embd, n_kv),
-            ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, n_embd, n_kv),
-            ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, n_embd, model.hparams.n_head(il)),
-        };
+        layer made = { nullptr, matrix(n_embd, n_kv), matrix(n_embd, model.hparams.n_head(il)), nullptr, nullptr, 0 };
+        if (from.n_turned == 0 && !from.center.empty()) {
+            made.center = matrix(n_embd, n_kv);
+        } else if (from.n_turned != 0 && no_turning) {
+            ++n_kept_back;
+        } else if (from.n_turned != 0 && making.cparams) {
+            const llama_turbo_rope rope = llama_turbo_rope::of(model, *making.cparams, place.owner);
+            auto & ropes = result->ropes;
+            made.rope = std::find(ropes.begin(), ropes.end(), rope) - ropes.begin();
+            if (made.rope == ropes.size()) {
+                ropes.push_back(rope);
+            }
+            made.turned   = matrix(rope.n_basis(), n_embd*n_kv);
+            made.q_turned = matrix(n_embd, rope.n_basis(), n_kv);
+        }
+        n_centered += made.center || made.turned;
+        result->layers[il] = made;
     }
     for (auto & [buft, buf] : result->bufs) {
         buf.second.reset(ggml_backend_alloc_ctx_tensors_from_buft(buf.first.get(), buft));
@@ -207,6 +271,9 @@ std::shared_ptr<llama_turbo_keys> llama_turbo_keys::make(const llama_model & mod
         if (to.center) {
             ggml_backend_tensor_set(to.center, from.center.data(), 0, ggml_nbytes(to.center));
         }
+        if (to.turned) {
+            set_turned(from, result->ropes[to.rope], to.turned, to.q_turned);
+        }
         ggml_backend_tensor_set(to.scale, from.scale.data(), 0, ggml_nbytes(to.scale));
         const size_t n_embd  = to.scale->ne[0];
         const size_t n_group = to.q_scale->ne[1]/to.scale->ne[1];
@@ -216,9 +283,11 @@ std::shared_ptr<llama_turbo_keys> llama_turbo_keys::make(const llama_model & mod
         }
         ggml_backend_tensor_set(to.q_scale, q_scale.data(), 0, ggml_nbytes(to.q_scale));
     }
-    LLAMA_LOG_INFO("%s: keys are stored %sscaled by channel in %zu layers (calibration %016llx)\n", __func__,
-        !result->layers.empty() && result->layers.begin()->second.center ? "centred and " : "", result->layers.size(),
-        (unsigned long long) calibration->hash);
+    LLAMA_LOG_INFO("llama_kv_cache: keys are scaled by channel in %zu layers and centred in %zu of them%s (calibration %016llx)\n",
+        result->layers.size(), n_centered, result->turns() ? ", by position" : "", (unsigned long long) calibration->hash);
+    if (n_kept_back > 0) {
+        LLAMA_LOG_WARN("llama_kv_cache: keys are not centred by position in %zu layers: %s\n", n_kept_back, no_turning);
+    }
     return result;
 }
 
@@ -232,13 +301,28 @@ const ggml_tensor * llama_turbo_keys::q_scale(int32_t il) const {
     return it == layers.end() ? nullptr : it->second.q_scale;
 }
 
-ggml_tensor * llama_turbo_keys::apply_k(ggml_context * ctx, ggml_tensor * k, int32_t il) const {
+bool llama_turbo_keys::turns(int32_t il) const {
+    const auto it = layers.find(il);
+    return it != layers.end() && it->second.turned;
+}
+
+// What is taken from k; null: nothing.
+ggml_tensor * llama_turbo_keys::center(
+        ggml_context * ctx, const layer & l, const ggml_tensor * k, llm_graph_input_turbo_centers * centers, ggml_tensor * tiles) const {
+    if (!l.turned) {
+        return l.center;
+    }
+    return ggml_reshape_3d(ctx, ggml_mul_mat(ctx, l.turned, centers->rows(ctx, l.rope, tiles)), k->ne[0], k->ne[1], k->ne[2]);
+}
+
+ggml_tensor * llama_turbo_keys::apply_k(
+        ggml_context * ctx, ggml_tensor * k, int32_t il, llm_graph_input_turbo_centers * centers, ggml_tensor * tiles) const {
     const auto it = layers.find(il);
     if (it == layers.end()) {
         return k;
     }
-    if (it->second.center) {
-        k = ggml_sub(ctx, k, it->second.center);
+    if (ggml_tensor * c = center(ctx, it->second, k, centers, tiles)) {
+        k = ggml_sub(ctx, k, c);
     }
     return ggml_mul(ctx, k, it->second.scale);
 }
@@ -248,11 +332,20 @@ ggml_tensor * llama_turbo_keys::apply_q(ggml_context * ctx, ggml_tensor * q, int
     return it == layers.end() ? q : ggml_mul(ctx, q, it->second.q_scale);
 }
 
-ggml_tensor * llama_turbo_keys::undo_k(ggml_context * ctx, ggml_tensor * k, int32_t il) const {
+ggml_tensor * llama_turbo_keys::undo_k(
+        ggml_context * ctx, ggml_tensor * k, int32_t il, llm_graph_input_turbo_centers * centers, ggml_tensor * tiles) const {
     const auto it = layers.find(il);
     if (it == layers.end()) {
         return k;
     }
     k = ggml_div(ctx, k, it->second.scale);
-    return it->second.center ? ggml_add(ctx, k, it->second.center) : k;
+    ggml_tensor * c = center(ctx, it->second, k, centers, tiles);
+    return c ? ggml_add(ctx, k, c) : k;
+}
+
+ggml_tensor * llama_turbo_keys::q_centers(
+        ggml_context * ctx, ggml_tensor * q, int32_t il, const llm_graph_input_turbo_centers & centers) const {
+    const layer & l = layers.at(il);
+    ggml_tensor * by_basis = ggml_mul_mat(ctx, l.q_turned, ggml_permute(ctx, q, 0, 2, 1, 3)); // [basis, tokens, heads]
+    return ggml_mul_mat(ctx, centers.all(l.rope), by_basis);
 }

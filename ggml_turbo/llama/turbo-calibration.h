@@ -1,12 +1,15 @@
 #pragma once
 
-// Calibrated key caches: keys are stored centred and scaled channel by channel, queries make up for it, and every score
-// differs from what it was by a constant of its query, which softmax does not see (docs/calibration.md):
+// Calibrated key caches: keys are stored centred and scaled channel by channel, and queries make up for it
+// (docs/calibration.md):
 //
-//     stored key   k' = s (k - m)          query   q' = q / s
+//     stored key   k' = s (k - c)          query   q' = q / s          score   q k = q' k' + q c
 //
-// m and s are vectors over the channels of each KV head of a layer, in the file's metadata. They apply after RoPE and
-// before the Hadamard rotation, for quantized keys.
+// c and s are vectors over the channels of each KV head of a layer. They apply after RoPE and before the Hadamard rotation,
+// for quantized keys. Where c is the same for all keys, so is q c, which softmax does not see. RoPE turns the mean of keys
+// with their position, and then c is a function of the position, in tiles of some: c(p) is the mean of R_t m for all
+// positions t of p's tile, with m the mean of keys before RoPE. It is a product of a matrix of the layer and a vector of the
+// tile, the cosines and sines of its angles, so q c takes a product for each query and a dot product for each tile.
 
 #include "llama.h"
 
@@ -18,30 +21,35 @@
 #include <memory>
 #include <vector>
 
+class  llm_graph_input_turbo_centers;
 struct gguf_context;
+struct llama_cparams;
 struct llama_model;
+struct llama_turbo_rope;
 
 // What a file says. Immutable; shared by the model and its caches.
 struct llama_turbo_calibration {
     struct layer {
-        std::vector<float> center; // [head size, KV heads]; empty: zero
-        std::vector<float> scale;  // [head size, KV heads]; empty: this layer is not calibrated
+        std::vector<float> center;       // [head size, KV heads]; empty: zero
+        std::vector<float> scale;        // [head size, KV heads]; empty: this layer is not calibrated
+        uint32_t           n_turned = 0; // channels of each head in which the centre turns with the position
     };
 
     std::vector<layer> layers;
     uint64_t           hash    = 0; // of the vectors; odd
     uint32_t           context = 0; // the longest it is good for, in tokens
+    uint32_t           version = 0; // of what the file says; from 2 on, centres may turn
 
     // From the metadata of a model; null if there is none. Throws if it is damaged, of a version that this build does not
     // know, or not of this model.
     static std::shared_ptr<const llama_turbo_calibration> load(const gguf_context * metadata, const llama_model & model);
 };
 
-// While one lives, the caches that its thread makes are of a context of n_ctx tokens a sequence. A cache alone cannot tell:
-// that of a sliding window has fewer cells than its keys have positions.
+// While one lives, the caches that its thread makes are of a context with these parameters. A cache alone cannot tell: that
+// of a sliding window has fewer cells than its keys have positions.
 class llama_turbo_context {
 public:
-    explicit llama_turbo_context(uint32_t n_ctx);
+    explicit llama_turbo_context(const llama_cparams & cparams);
     ~llama_turbo_context();
 };
 
@@ -56,8 +64,12 @@ public:
 
     // Null if the model is not calibrated, keys of type_k are stored as they are, or the context is longer than what the
     // calibration was measured for, of which the log then warns; or as the context's settings say
-    // (turbo-settings.h).
-    static std::shared_ptr<llama_turbo_keys> make(const llama_model & model, ggml_type type_k, const std::map<uint32_t, place> & places);
+    // (turbo-settings.h). no_turning: why no centre can turn with the position here; null if it can.
+    static std::shared_ptr<llama_turbo_keys> make(
+        const llama_model & model, ggml_type type_k, const std::map<uint32_t, place> & places, const char * no_turning);
+
+    llama_turbo_keys();
+    ~llama_turbo_keys();
 
     uint64_t hash() const { return calibration->hash; }
 
@@ -65,19 +77,36 @@ public:
     const ggml_tensor * scale  (int32_t il) const;
     const ggml_tensor * q_scale(int32_t il) const;
 
-    // Nodes of a graph. k: [head size, KV heads, tokens], q: [head size, heads, tokens], both F32.
-    ggml_tensor * apply_k(ggml_context * ctx, ggml_tensor * k, int32_t il) const;
+    // Whether the centre of a layer, or of any, turns with the position.
+    bool turns(int32_t il) const;
+    bool turns() const { return !ropes.empty(); }
+
+    // The different ways in which centres turn.
+    const std::vector<llama_turbo_rope> & all_ropes() const { return ropes; }
+
+    // Nodes of a graph. k: [head size, KV heads, tokens], q: [head size, heads, tokens], both F32. centers: the inputs of
+    // the graph, null if no centre turns; tiles: of the keys, an index into them for each.
+    ggml_tensor * apply_k(ggml_context * ctx, ggml_tensor * k, int32_t il, llm_graph_input_turbo_centers * centers, ggml_tensor * tiles) const;
+    ggml_tensor * undo_k (ggml_context * ctx, ggml_tensor * k, int32_t il, llm_graph_input_turbo_centers * centers, ggml_tensor * tiles) const;
     ggml_tensor * apply_q(ggml_context * ctx, ggml_tensor * q, int32_t il) const;
-    ggml_tensor * undo_k (ggml_context * ctx, ggml_tensor * k, int32_t il) const;
+
+    // The dot products of queries, as they are before apply_q, with the centres of all tiles: [tiles, tokens, heads].
+    ggml_tensor * q_centers(ggml_context * ctx, ggml_tensor * q, int32_t il, const llm_graph_input_turbo_centers & centers) const;
 
 private:
     struct layer {
-        ggml_tensor * center;  // null: zero
+        ggml_tensor * center;  // that is the same for all keys; null: there is none
         ggml_tensor * scale;
         ggml_tensor * q_scale; // 1/s, repeated for the query heads of each group
+        ggml_tensor * turned;  // [basis, channels]: what makes a centre of a tile's basis; null: the centre does not turn
+        ggml_tensor * q_turned; // [head size, basis, KV heads]: the same for queries
+        size_t        rope;    // of all_ropes
     };
 
+    ggml_tensor * center(ggml_context * ctx, const layer & l, const ggml_tensor * k, llm_graph_input_turbo_centers * centers, ggml_tensor * tiles) const;
+
     std::shared_ptr<const llama_turbo_calibration> calibration;
+    std::vector<llama_turbo_rope>                  ropes;
     std::map<int32_t, layer>                       layers;
     std::map<ggml_backend_buffer_type_t, std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> bufs;
 };

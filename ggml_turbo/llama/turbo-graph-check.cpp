@@ -3,6 +3,7 @@
 // writes a cache in a way of its own is noticed, whatever its name is.
 
 #include "llama-impl.h"
+#include "ops/turbo-window.h"
 #include "turbo-kv.h"
 
 #include <algorithm>
@@ -14,30 +15,6 @@ static const ggml_tensor * memory_of(const ggml_tensor * t) {
         t = t->src[0];
     }
     return t->view_src ? t->view_src : t;
-}
-
-// Whether t is x multiplied by one of these scales, perhaps rotated, rearranged or centred since.
-static bool is_scaled(const ggml_tensor * t, const std::vector<const ggml_tensor *> & scales) {
-    while (t) {
-        switch (t->op) {
-            case GGML_OP_MUL:
-                return std::find(scales.begin(), scales.end(), t->src[1]) != scales.end();
-            case GGML_OP_MUL_MAT: // by a rotation; a projection leads to a norm, which is scaled by none of these
-                t = t->src[1];
-                break;
-            case GGML_OP_VIEW:
-            case GGML_OP_RESHAPE:
-            case GGML_OP_PERMUTE:
-            case GGML_OP_TRANSPOSE:
-            case GGML_OP_CONT:
-            case GGML_OP_CPY:
-                t = t->src[0];
-                break;
-            default:
-                return false;
-        }
-    }
-    return false;
 }
 
 static bool only_rearranges(const ggml_tensor * node) {
@@ -53,6 +30,28 @@ static bool only_rearranges(const ggml_tensor * node) {
         default:
             return false;
     }
+}
+
+// Whether t is x multiplied by one of these scales, perhaps rotated, rearranged or centred since.
+static bool is_scaled(const ggml_tensor * t, const std::vector<const ggml_tensor *> & scales) {
+    while (t) {
+        switch (t->op) {
+            case GGML_OP_MUL:
+                return std::find(scales.begin(), scales.end(), t->src[1]) != scales.end();
+            case GGML_OP_MUL_MAT: // by a rotation; a projection leads to a norm, which is scaled by none of these
+                t = t->src[1];
+                break;
+            case GGML_OP_CONCAT: // with what is added to scores
+                t = t->src[0];
+                break;
+            default:
+                if (!only_rearranges(t)) {
+                    return false;
+                }
+                t = t->src[0];
+        }
+    }
+    return false;
 }
 
 template <typename predicate>
@@ -92,7 +91,8 @@ bool llama_turbo_check_graph(ggml_cgraph * graph) {
             auto & of_cache = found[store->turbo];
             of_cache.layers.insert(store->layer);
             const auto is_query = [&](const ggml_tensor * t) { return is_scaled(t, store->q_scales); };
-            if (store->scale && !any_source(node, is_query)) {
+            const bool knows_centers = turbo_is_window_attention(node) && turbo_window_biases(node) > 0;
+            if (store->scale && !(any_source(node, is_query) && (knows_centers || !store->turns))) {
                 of_cache.uncalibrated.insert(store->layer);
             }
             if (store->ring && !any_source(node, [&](const ggml_tensor * t) { return memory_of(t) == store->ring; })) {

@@ -4,12 +4,17 @@
 #include "llama-impl.h"
 #include "llama-io.h"
 #include "llama-kv-cache-iswa.h"
+#include "llama-kv-cache-msa.h"
 #include "llama-kv-cache.h"
+#include "llama-memory-hybrid-iswa.h"
+#include "llama-memory-hybrid.h"
 #include "llama-model.h"
 #include "turbo-cache-types.h"
+#include "turbo-centers.h"
 #include "turbo-value-rotation.h"
 
 #include <algorithm>
+#include <cmath>
 #include <mutex>
 #include <stdexcept>
 
@@ -31,22 +36,23 @@ std::unique_ptr<llama_turbo_kv> llama_turbo_kv::make(llama_kv_cache & cache) {
         made->keys   = cache.other->turbo->keys;
         made->latent = cache.other->turbo->latent;
     } else {
+        std::vector<llama_turbo_window::cache> caches;
+        for (const auto & layer : cache.layers) {
+            caches.push_back({ layer.k, layer.v, hparams.n_embd_head_k(layer.il), hparams.n_embd_head_v(layer.il) });
+        }
         std::map<uint32_t, llama_turbo_keys::place>    places;
         std::map<uint32_t, ggml_backend_buffer_type_t> bufts;
         for (const auto & [il, id] : cache.map_layer_ids) {
             bufts[il]  = ggml_backend_buffer_get_type(cache.layers[id].k->buffer);
             places[il] = { cache.layers[id].il, bufts[il] };
         }
-        made->keys = llama_turbo_keys::make(cache.model, type_k, places);
+        made->keys = llama_turbo_keys::make(cache.model, type_k, places, llama_turbo_window::reason_against(caches, cache.v_trans));
         if (hparams.is_mla() && turbo_is_type(type_k) && cache.attn_rot_k) {
             made->latent = llama_turbo_latent::make(bufts);
         }
-        std::vector<llama_turbo_window::cache> caches;
-        for (const auto & layer : cache.layers) {
-            caches.push_back({ layer.k, layer.v, hparams.n_embd_head_k(layer.il), hparams.n_embd_head_v(layer.il) });
-        }
         made->window = llama_turbo_window::make(
-            caches, type_k, type_v, cache.v_trans, cache.n_stream, cache.n_seq_max/cache.n_stream, hparams.no_alloc);
+            caches, type_k, type_v, cache.v_trans, cache.n_stream, cache.n_seq_max/cache.n_stream, hparams.no_alloc,
+            made->keys && made->keys->turns());
         if (made->window) { // its memory is counted and cleared with the cache's own
             cache.ctxs_bufs.emplace_back(std::move(made->window->ctx), std::move(made->window->buf));
         }
@@ -56,11 +62,12 @@ std::unique_ptr<llama_turbo_kv> llama_turbo_kv::make(llama_kv_cache & cache) {
     std::lock_guard<std::mutex> lock(stores_mutex);
     const uint32_t n_changed = made->keys || made->window ? cache.layers.size() : 0;
     for (uint32_t i = 0; i < n_changed; ++i) {
-        key_store store = { made.get(), i, nullptr, {}, made->window ? made->window->memory(i) : nullptr };
+        key_store store = { made.get(), i, nullptr, {}, false, made->window ? made->window->memory(i) : nullptr };
         for (const auto & [il, id] : cache.map_layer_ids) {
             if (made->keys && (uint32_t) id == i && made->keys->scale(il)) {
                 store.scale = made->keys->scale(il);
                 store.q_scales.push_back(made->keys->q_scale(il));
+                store.turns = made->keys->turns(il);
             }
         }
         stores.emplace(cache.layers[i].k, store);
@@ -100,24 +107,61 @@ bool llama_turbo_kv::accepts(const attended & found) const {
     return true;
 }
 
+const llama_turbo_kv & llama_turbo_kv::of(const llama_kv_cache & cache) {
+    return *cache.turbo;
+}
+
 const llama_turbo_kv & llama_turbo_kv::of(const llama_kv_cache_context * batch) {
-    return *batch->kv->turbo;
+    return of(*batch->kv);
+}
+
+const llama_kv_cache_context * llama_turbo_kv::cache_of(const llama_memory_context_i * memory, bool is_swa) {
+    if (const auto * hybrid = dynamic_cast<const llama_memory_hybrid_context *>(memory)) {
+        memory = hybrid->get_attn();
+    } else if (const auto * hybrid_iswa = dynamic_cast<const llama_memory_hybrid_iswa_context *>(memory)) {
+        memory = hybrid_iswa->get_attn();
+    }
+    if (const auto * iswa = dynamic_cast<const llama_kv_cache_iswa_context *>(memory)) {
+        return is_swa ? iswa->get_swa() : iswa->get_base();
+    }
+    if (const auto * msa = dynamic_cast<const llama_kv_cache_msa_context *>(memory)) {
+        return msa->get_base();
+    }
+    return dynamic_cast<const llama_kv_cache_context *>(memory);
 }
 
 // ---- graphs ----
 
-void llama_turbo_kv::calibrate(
-        ggml_context * ctx, const llama_hparams &, const llama_kv_cache_context * batch, ggml_tensor *& q, ggml_tensor *& k, int32_t il) {
-    if (const auto & keys = of(batch).keys) {
-        q = keys->apply_q(ctx, q, il);
-        k = k ? keys->apply_k(ctx, k, il) : nullptr;
+static void calibrate_in(
+        ggml_context * ctx, llm_graph_result * res, const llama_kv_cache_context * batch, bool is_swa, ggml_tensor *& q,
+        ggml_tensor *& k, int32_t il) {
+    const auto & keys = llama_turbo_kv::of(batch).keys;
+    if (!keys) {
+        return;
     }
+    llm_graph_input_turbo_batch_centers * centers = llm_graph_input_turbo_batch_centers::find(res, is_swa);
+    if (!centers && keys->turns()) {
+        auto made = std::make_unique<llm_graph_input_turbo_batch_centers>(ctx, batch, is_swa, q->ne[2]);
+        centers = static_cast<llm_graph_input_turbo_batch_centers *>(res->add_input(std::move(made)));
+    }
+    if (keys->turns(il)) {
+        centers->biases[il] = keys->q_centers(ctx, q, il, *centers);
+    }
+    q = keys->apply_q(ctx, q, il);
+    k = k ? keys->apply_k(ctx, k, il, centers, centers ? centers->token_tiles : nullptr) : nullptr;
 }
 
 void llama_turbo_kv::calibrate(
-        ggml_context * ctx, const llama_hparams & hparams, const llama_kv_cache_iswa_context * batch, ggml_tensor *& q,
+        ggml_context * ctx, const llama_hparams &, llm_graph_result * res, const llama_kv_cache_context * batch, ggml_tensor *& q,
         ggml_tensor *& k, int32_t il) {
-    calibrate(ctx, hparams, hparams.is_swa(il) ? batch->get_swa() : batch->get_base(), q, k, il);
+    calibrate_in(ctx, res, batch, false, q, k, il);
+}
+
+void llama_turbo_kv::calibrate(
+        ggml_context * ctx, const llama_hparams & hparams, llm_graph_result * res, const llama_kv_cache_iswa_context * batch,
+        ggml_tensor *& q, ggml_tensor *& k, int32_t il) {
+    const bool is_swa = hparams.is_swa(il);
+    calibrate_in(ctx, res, is_swa ? batch->get_swa() : batch->get_base(), is_swa, q, k, il);
 }
 
 llama_turbo_kv::rotated_latent::rotated_latent(
@@ -155,8 +199,8 @@ void llama_turbo_kv::set_window_inputs(
 }
 
 ggml_tensor * llama_turbo_kv::shift(
-        ggml_context * ctx, const llama_kv_cache & cache, const llama_cparams & cparams, uint32_t il, ggml_tensor * shifts,
-        ggml_tensor * rotation, ggml_tensor * factors, float freq_base, float freq_scale) {
+        ggml_context * ctx, llm_graph_result * res, const llama_kv_cache & cache, const llama_cparams & cparams, uint32_t il,
+        ggml_tensor * shifts, ggml_tensor * rotation, ggml_tensor * factors, float freq_base, float freq_scale) {
     ggml_tensor * stored = cache.layers[cache.map_layer_ids.at(il)].k;
     if (!ggml_is_quantized(stored->type)) {
         return nullptr;
@@ -177,14 +221,26 @@ ggml_tensor * llama_turbo_kv::shift(
         rotation = turbo.latent ? turbo.latent->rotation(il) : nullptr;
     }
     const auto rotate = [&](ggml_tensor * x) { return rotation ? llama_mul_mat_hadamard(ctx, x, rotation) : x; };
-    const auto rope   = [&](ggml_tensor * x) {
+    // Keys got YaRN's factor when they were computed. The operator multiplies by one of its own, which is taken back.
+    const float factor = cparams.yarn_ext_factor != 0.0f ? 1.0f/(1.0f + 0.1f*logf(1.0f/freq_scale)) : 1.0f;
+    const auto rope = [&](ggml_tensor * x) {
         return ggml_rope_ext(
             ctx, x, shifts, factors, n_rot, hparams.rope_type, cparams.n_ctx_orig_yarn, freq_base, freq_scale, cparams.yarn_ext_factor,
-            cparams.yarn_attn_factor, cparams.yarn_beta_fast, cparams.yarn_beta_slow);
+            factor, cparams.yarn_beta_fast, cparams.yarn_beta_slow);
     };
+    llm_graph_input_turbo_shift_centers * centers = nullptr;
+    if (turbo.keys && turbo.keys->turns(il)) {
+        for (const auto & input : res->inputs) {
+            centers = centers ? centers : dynamic_cast<llm_graph_input_turbo_shift_centers *>(input.get());
+        }
+        if (!centers) {
+            auto made = std::make_unique<llm_graph_input_turbo_shift_centers>(ctx, &cache);
+            centers = static_cast<llm_graph_input_turbo_shift_centers *>(res->add_input(std::move(made)));
+        }
+    }
     ggml_tensor * moved = rotate(ggml_cast(ctx, k, GGML_TYPE_F32));
     if (turbo.keys) {
-        moved = turbo.keys->undo_k(ctx, moved, il);
+        moved = turbo.keys->undo_k(ctx, moved, il, centers, centers ? centers->old_tiles : nullptr);
     }
     if (before > 0 && !is_latent) {
         ggml_tensor * without = ggml_view_3d(ctx, moved, before, n_head, n_cells, moved->nb[1], moved->nb[2], 0);
@@ -194,13 +250,77 @@ ggml_tensor * llama_turbo_kv::shift(
         moved = rope(moved);
     }
     if (turbo.keys) {
-        moved = turbo.keys->apply_k(ctx, moved, il);
+        moved = turbo.keys->apply_k(ctx, moved, il, centers, centers ? centers->new_tiles : nullptr);
     }
     moved = rotate(moved);
     if (!ggml_is_contiguous(k)) { // no back end quantizes into rows that do not lie side by side
         moved = ggml_cast(ctx, moved, k->type);
     }
     return ggml_cpy(ctx, moved, k);
+}
+
+// ---- tiles of positions ----
+
+llama_turbo_tiles llama_turbo_kv::tiles(const llama_kv_cache_context * batch) {
+    llama_turbo_tiles found;
+    const auto & slots = batch->sinfos[batch->i_cur];
+    for (uint32_t stream = slots.s0; stream <= slots.s1; ++stream) {
+        const llama_kv_cells & cells = batch->kv->v_cells[stream];
+        for (uint32_t cell = 0; cell < batch->get_n_kv(); ++cell) {
+            if (!cells.is_empty(cell)) {
+                found.add(cells.pos_get(cell));
+            }
+        }
+    }
+    found.sort();
+    return found;
+}
+
+void llama_turbo_kv::set_window_tiles(
+        const llama_kv_cache_context * batch, const llama_ubatch & ubatch, int64_t n_kv, llama_turbo_tiles & tiles, ggml_tensor * columns) {
+    const llama_turbo_window & window = *of(batch).window;
+    const auto places = window_places(batch->sinfos[batch->i_cur]);
+    const int64_t n_streams = columns->ne[3], n_queries = places.size()/n_streams;
+    for (int64_t s = 0; s < n_streams; ++s) {
+        const uint32_t stream = places[s*n_queries].stream;
+        const llama_kv_cells & cells = batch->kv->v_cells[stream];
+        int32_t * to = (int32_t *) ((char *) columns->data + s*columns->nb[3]) + n_kv;
+        for (int64_t cell = 0; cell < n_kv; ++cell) {
+            *to++ = cells.is_empty(cell) ? 0 : tiles.index_of(cells.pos_get(cell));
+        }
+        for (uint32_t slot = 0; slot < window.slots(); ++slot) {
+            *to++ = tiles.index_of(window.position(stream, slot));
+        }
+        for (int64_t i = s*n_queries; i < (s + 1)*n_queries; ++i) {
+            *to++ = tiles.index_of(ubatch.pos[i]);
+        }
+    }
+}
+
+llama_turbo_tiles llama_turbo_kv::shift_tiles(const llama_kv_cache & cache, std::vector<int32_t> * before, std::vector<int32_t> * after) {
+    llama_turbo_tiles found;
+    const auto each_cell = [&cache](auto && visit) {
+        for (const llama_kv_cells & cells : cache.v_cells) {
+            for (uint32_t cell = 0; cell < cells.size(); ++cell) {
+                const llama_pos pos = cells.is_empty(cell) ? 0 : cells.pos_get(cell);
+                visit(cells.is_empty(cell) ? 0 : pos - cells.get_shift(cell), pos);
+            }
+        }
+    };
+    each_cell([&](llama_pos old_pos, llama_pos new_pos) { found.add(old_pos), found.add(new_pos); });
+    found.sort();
+    if (before && after) {
+        llama_turbo_tiles copy = found; // each remembers where it was last
+        each_cell([&](llama_pos old_pos, llama_pos new_pos) {
+            before->push_back(copy.index_of(old_pos));
+            after->push_back(found.index_of(new_pos));
+        });
+    }
+    return found;
+}
+
+int64_t llama_turbo_kv::n_cells(const llama_kv_cache & cache) {
+    return (int64_t) cache.get_size()*cache.n_stream;
 }
 
 // ---- saved states ----

@@ -16,6 +16,7 @@
 class  llama_kv_cache;
 class  llama_kv_cache_context;
 class  llama_kv_cache_iswa_context;
+class  llama_turbo_tiles;
 class  llm_graph_result;
 struct llama_cparams;
 struct llama_hparams;
@@ -34,18 +35,23 @@ struct llama_turbo_kv {
 
     ~llama_turbo_kv();
 
-    // That of the cache of a batch.
+    // That of a cache, or of the cache of a batch.
+    static const llama_turbo_kv & of(const llama_kv_cache & cache);
     static const llama_turbo_kv & of(const llama_kv_cache_context * batch);
+
+    // A batch's part in the cache whose keys and values a layer attends to; null if its memory is of a kind not known here.
+    // is_swa: which of the two caches that a model with sliding windows has.
+    static const llama_kv_cache_context * cache_of(const llama_memory_context_i * memory, bool is_swa);
 
     // ---- graphs ----
 
     // q and k [head size, heads, tokens] as they will be rotated, stored and multiplied; k may be null.
     static void calibrate(
-        ggml_context * ctx, const llama_hparams & hparams, const llama_kv_cache_context * batch, ggml_tensor *& q, ggml_tensor *& k,
-        int32_t il);
+        ggml_context * ctx, const llama_hparams & hparams, llm_graph_result * res, const llama_kv_cache_context * batch,
+        ggml_tensor *& q, ggml_tensor *& k, int32_t il);
     static void calibrate(
-        ggml_context * ctx, const llama_hparams & hparams, const llama_kv_cache_iswa_context * batch, ggml_tensor *& q,
-        ggml_tensor *& k, int32_t il);
+        ggml_context * ctx, const llama_hparams & hparams, llm_graph_result * res, const llama_kv_cache_iswa_context * batch,
+        ggml_tensor *& q, ggml_tensor *& k, int32_t il);
 
     // What llm_graph_context::build_attn_mha makes of these, with the window; null if the cache has none, or if layer il reads
     // keys that are not of this graph. memory: of the batch, and batch its cache for layer il. k, v: of the cache; k_cur,
@@ -91,8 +97,23 @@ struct llama_turbo_kv {
     // The node that moves a quantized layer's keys to other positions, one shift for each cell; null for other types, which
     // llama.cpp moves itself. rotation: of the cache's keys, null if there is none; the rest as ggml_rope_ext takes it.
     static ggml_tensor * shift(
-        ggml_context * ctx, const llama_kv_cache & cache, const llama_cparams & cparams, uint32_t il, ggml_tensor * shifts,
-        ggml_tensor * rotation, ggml_tensor * factors, float freq_base, float freq_scale);
+        ggml_context * ctx, llm_graph_result * res, const llama_kv_cache & cache, const llama_cparams & cparams, uint32_t il,
+        ggml_tensor * shifts, ggml_tensor * rotation, ggml_tensor * factors, float freq_base, float freq_scale);
+
+    // ---- tiles of positions (turbo-centers.h) ----
+
+    // Those of all cells that a batch sees or stores.
+    static llama_turbo_tiles tiles(const llama_kv_cache_context * batch);
+
+    // The tile of each key of attention in the first columns.ne[0] cells and, where the batch has a window, in the ring and the
+    // batch: I32, after the columns of the cache's keys. To be set before the inputs of the window.
+    static void set_window_tiles(
+        const llama_kv_cache_context * batch, const llama_ubatch & ubatch, int64_t n_kv, llama_turbo_tiles & tiles, ggml_tensor * columns);
+
+    // Those of all cells before and after a shift that is due, and if wanted the tile of each cell.
+    static llama_turbo_tiles shift_tiles(const llama_kv_cache & cache, std::vector<int32_t> * before, std::vector<int32_t> * after);
+
+    static int64_t n_cells(const llama_kv_cache & cache); // of all streams
 
     // ---- what happens to cells ----
 
@@ -143,6 +164,7 @@ struct llama_turbo_kv {
         uint32_t                         layer;    // by the index that the cache has for it
         const ggml_tensor *              scale;    // of keys; null: they are not calibrated
         std::vector<const ggml_tensor *> q_scales; // of the queries of all layers of the model that read them
+        bool                             turns;    // their centre turns with the position
         const ggml_tensor *              ring;     // null: there is no recent window
     };
 

@@ -1,7 +1,12 @@
 #include "llama/turbo-observer.h"
 
+#include "llama-context.h"
+#include "turbo-centers.h"
+#include "turbo-rope.h"
+
 #include "ggml-backend.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -107,4 +112,13 @@ bool turbo_observer_eval(ggml_tensor * node, bool ask, void * user_data) {
         memcpy(&keys[it*k->ne[0]], &bytes[it*k->nb[1]], k->ne[0]*sizeof(float));
     }
     return true;
+}
+
+void turbo_get_rotary(const llama_context * ctx, int32_t layer, turbo_rotary * rotary) {
+    const llama_turbo_rope rope = llama_turbo_rope::of(ctx->get_model(), ctx->get_cparams(), layer);
+    *rotary = { 0, rope.is_neox, llama_turbo_tiles::SIZE, {} };
+    if (rope.angles.size() <= TURBO_MAX_PAIRS) {
+        rotary->n_pairs = rope.angles.size();
+        std::copy(rope.angles.begin(), rope.angles.end(), rotary->angles);
+    }
 }

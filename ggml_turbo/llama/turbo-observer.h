@@ -35,6 +35,18 @@ LLAMA_API void                    turbo_observer_free(struct turbo_observer * ob
 // For llama_context_params: cb_eval, with the observer as cb_eval_user_data. Flash attention must be on.
 LLAMA_API bool turbo_observer_eval(struct ggml_tensor * node, bool ask, void * observer);
 
+// How the keys of a layer turn with their position (turbo-rope.h). Channels of the first n_pairs pairs turn, each pair by
+// its angle for each position.
+enum { TURBO_MAX_PAIRS = 512 };
+struct turbo_rotary {
+    int32_t n_pairs; // 0: nothing turns
+    bool    is_neox; // pairs are (i, i + n_pairs), not (2i, 2i + 1)
+    int32_t tile;    // positions whose keys have one centre
+    double  angles[TURBO_MAX_PAIRS];
+};
+
+LLAMA_API void turbo_get_rotary(const struct llama_context * ctx, int32_t layer, struct turbo_rotary * rotary);
+
 #ifdef __cplusplus
 }
 #endif

@@ -29,13 +29,7 @@ llama_turbo_window::size llama_turbo_window::size::wanted(ggml_type type_k, ggml
     return { uint32_t(said.cache_window != LLAMA_TURBO_UNSAID ? said.cache_window : usual), uint32_t(said.cache_sinks) };
 }
 
-std::shared_ptr<llama_turbo_window> llama_turbo_window::make(
-        const std::vector<cache> & caches, ggml_type type_k, ggml_type type_v, bool v_trans, uint32_t n_stream, uint32_t n_seq,
-        bool no_alloc) {
-    size sizes = size::wanted(type_k, type_v);
-    if (!sizes.recent || !(ggml_is_quantized(type_k) || ggml_is_quantized(type_v)) || caches.empty()) {
-        return nullptr;
-    }
+const char * llama_turbo_window::reason_against(const std::vector<cache> & caches, bool v_trans) {
     const char * reason = v_trans ? "it needs flash attention" : nullptr;
     for (const cache & c : caches) {
         if (!c.v) {
@@ -46,13 +40,24 @@ std::shared_ptr<llama_turbo_window> llama_turbo_window::make(
             reason = "its kernel takes head sizes that are multiples of 64";
         }
     }
-    if (reason) {
+    return reason;
+}
+
+std::shared_ptr<llama_turbo_window> llama_turbo_window::make(
+        const std::vector<cache> & caches, ggml_type type_k, ggml_type type_v, bool v_trans, uint32_t n_stream, uint32_t n_seq,
+        bool no_alloc, bool is_needed) {
+    const bool is_quantized = ggml_is_quantized(type_k) || ggml_is_quantized(type_v);
+    size sizes = is_quantized ? size::wanted(type_k, type_v) : size { 0, 0 };
+    if (!(sizes.recent || is_needed) || caches.empty()) {
+        return nullptr;
+    }
+    if (const char * reason = reason_against(caches, v_trans)) {
         LLAMA_LOG_WARN("llama_kv_cache: no recent window: %s\n", reason);
         return nullptr;
     }
 
     const uint32_t cells = caches[0].k->ne[1];
-    sizes = { std::min(sizes.recent, cells), std::min(sizes.sinks, cells) };
+    sizes = { std::min(sizes.recent, cells), sizes.recent ? std::min(sizes.sinks, cells) : 0 };
 
     // As much as all sequences want, within what the cache saves against one in f16.
     size_t cell_bytes = 0, f16_bytes = 0;
@@ -62,14 +67,17 @@ std::shared_ptr<llama_turbo_window> llama_turbo_window::make(
     }
     const uint64_t wanted = (uint64_t) n_seq*(sizes.sinks + sizes.recent) + std::max(TAKEN_BACK, n_seq*TAKEN_BACK_OF_EACH);
     const uint64_t saved  = cell_bytes < f16_bytes ? cells*(f16_bytes - cell_bytes)/f16_bytes : 0;
-    if (saved <= sizes.sinks + 1) {
+    if (sizes.recent && saved <= sizes.sinks + 1) {
         LLAMA_LOG_WARN("llama_kv_cache: no recent window: a cache of %u tokens saves too little memory to make room for one\n", cells);
-        return nullptr;
+        if (!is_needed) {
+            return nullptr;
+        }
+        sizes = { 0, 0 };
     }
 
     auto made = std::make_shared<llama_turbo_window>();
     made->sizes   = sizes;
-    made->n_slots = std::min<uint64_t>(wanted + 1, saved);
+    made->n_slots = sizes.recent ? std::min<uint64_t>(wanted + 1, saved) : 1;
     made->poison  = getenv("TURBO_WINDOW_POISON") != nullptr;
     made->versions.assign(n_stream, std::vector<uint32_t>(cells, 0));
     made->entries.assign(n_stream, std::vector<entry>(made->n_slots - 1));
@@ -101,6 +109,9 @@ std::shared_ptr<llama_turbo_window> llama_turbo_window::make(
             throw std::runtime_error("failed to allocate the recent window of the kv cache");
         }
         ggml_backend_buffer_clear(made->buf.get(), 0);
+    }
+    if (!sizes.recent) {
+        return made;
     }
     LLAMA_LOG_INFO("llama_kv_cache: recent window: the last %u tokens and the first %u of each sequence in f16, %.2f MiB (room for %u tokens)\n",
         sizes.recent, sizes.sinks, bytes/1024.0/1024.0, n_stream*(made->n_slots - 1));
@@ -277,11 +288,11 @@ void llama_turbo_window::set_inputs(
                 }
             }
         }
-        for (int64_t i = 0; i < n_queries; ++i) {
+        for (int64_t i = 0; i < n_queries && sizes.recent; ++i) {
             candidates.push_back({ places[first + i].cell, n_slots + (uint32_t) i, ubatch.pos[first + i] });
         }
         int32_t * column_of = (int32_t *) ((char *) columns->data + s*columns->nb[3]);
-        std::fill_n(column_of, columns->ne[0], -1);
+        std::fill_n(column_of, mask->ne[0], -1);
         for (const candidate & c : candidates) {
             column_of[c.cell] = c.column;
         }

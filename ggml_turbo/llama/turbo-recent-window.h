@@ -39,11 +39,14 @@ public:
     };
 
     // Null if there is to be no window; the log says why if one was to be expected. caches: of all layers, by the index
-    // that the cache has for them. n_seq: sequences of one stream. Cache and ring together never take more memory than the
-    // cache in f16.
+    // that the cache has for them. n_seq: sequences of one stream. is_needed: attention needs the operator, be it with a window
+    // of no tokens. Cache and ring together never take more memory than the cache in f16.
     static std::shared_ptr<llama_turbo_window> make(
         const std::vector<cache> & caches, ggml_type type_k, ggml_type type_v, bool v_trans, uint32_t n_stream, uint32_t n_seq,
-        bool no_alloc);
+        bool no_alloc, bool is_needed);
+
+    // Why the operator cannot attend to these; null if it can.
+    static const char * reason_against(const std::vector<cache> & caches, bool v_trans);
 
     // The memory of the ring, which the cache keeps with its own.
     ggml_context_ptr        ctx;
@@ -63,6 +66,11 @@ public:
     ggml_tensor * store_v(ggml_context * ctx, uint32_t layer, ggml_tensor * v, ggml_tensor * rows) const;
 
     // ---- what is in the ring ----
+
+    // Of the token in a slot; -1 if there is none.
+    llama_pos position(uint32_t stream, uint32_t slot) const {
+        return slot < entries[stream].size() ? entries[stream][slot].pos : -1;
+    }
 
     // A token of the cache: its stream and cell.
     struct place {

@@ -2,38 +2,20 @@
 
 #include "llama-cparams.h"
 #include "llama-hparams.h"
-#include "llama-kv-cache-iswa.h"
-#include "llama-kv-cache-msa.h"
 #include "llama-kv-cache.h"
-#include "llama-memory-hybrid-iswa.h"
-#include "llama-memory-hybrid.h"
 #include "ops/turbo-window.h"
 
 #include <algorithm>
 
-// A batch's part in the cache whose keys and values a layer attends to; null if its memory is of a kind not known here.
-static const llama_kv_cache_context * cache_of(const llama_memory_context_i * memory, bool is_swa) {
-    if (const auto * hybrid = dynamic_cast<const llama_memory_hybrid_context *>(memory)) {
-        memory = hybrid->get_attn();
-    } else if (const auto * hybrid_iswa = dynamic_cast<const llama_memory_hybrid_iswa_context *>(memory)) {
-        memory = hybrid_iswa->get_attn();
-    }
-    if (const auto * iswa = dynamic_cast<const llama_kv_cache_iswa_context *>(memory)) {
-        return is_swa ? iswa->get_swa() : iswa->get_base();
-    }
-    if (const auto * msa = dynamic_cast<const llama_kv_cache_msa_context *>(memory)) {
-        return msa->get_base();
-    }
-    return dynamic_cast<const llama_kv_cache_context *>(memory);
-}
-
 llm_graph_input_turbo_window::llm_graph_input_turbo_window(
-        ggml_context * ctx, const llama_kv_cache_context * batch, bool is_swa, const ggml_tensor * kq_mask, int64_t n_tokens)
-    : is_swa(is_swa), batch(batch), kq_mask(kq_mask) {
+        ggml_context * ctx, const llama_kv_cache_context * batch, bool is_swa, const ggml_tensor * kq_mask, int64_t n_tokens,
+        llm_graph_input_turbo_batch_centers * centers)
+    : is_swa(is_swa), batch(batch), kq_mask(kq_mask), centers(centers) {
     const int64_t n_queries = kq_mask->ne[1], n_streams = kq_mask->ne[3];
     const int64_t slots     = llama_turbo_kv::of(batch).window->slots();
     window_mask = ggml_new_tensor_4d(ctx, GGML_TYPE_F16, slots + n_queries, n_queries, 1, n_streams);
-    columns     = ggml_new_tensor_4d(ctx, GGML_TYPE_I32, kq_mask->ne[0], 1, 1, n_streams);
+    const int64_t n_tiles = centers ? kq_mask->ne[0] + window_mask->ne[0] : 0; // a tile for each key
+    columns     = ggml_new_tensor_4d(ctx, GGML_TYPE_I32, kq_mask->ne[0] + n_tiles, 1, 1, n_streams);
     rows        = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n_tokens);
     ggml_set_name(window_mask, "turbo_window_mask");
     ggml_set_name(columns,     "turbo_window_columns");
@@ -45,12 +27,15 @@ llm_graph_input_turbo_window::llm_graph_input_turbo_window(
 
 void llm_graph_input_turbo_window::set_input(const llama_ubatch * ubatch) {
     const bool stores = std::all_of(own.begin(), own.end(), [](const auto & layer) { return layer.second.users == 0; });
-    // kq_mask was set just before: inputs are set in the order they were added in
+    if (centers) {
+        llama_turbo_kv::set_window_tiles(batch, *ubatch, kq_mask->ne[0], centers->tiles, columns);
+    }
+    // kq_mask and centers were set just before: inputs are set in the order they were added in
     llama_turbo_kv::set_window_inputs(batch, *ubatch, kq_mask, window_mask, columns, rows, stores);
 }
 
 bool llm_graph_input_turbo_window::can_reuse(const llm_graph_params & params) {
-    batch = cache_of(params.mctx, is_swa);
+    batch = llama_turbo_kv::cache_of(params.mctx, is_swa);
     return batch != nullptr; // the input of the cache itself has the same sizes
 }
 
@@ -89,8 +74,9 @@ ggml_tensor * llama_turbo_kv::attend(
     if (!k_cur && !(input && input->own.count(layer))) {
         return nullptr;
     }
+    auto * centers = llm_graph_input_turbo_batch_centers::find(res, is_swa);
     if (!input) {
-        auto made = std::make_unique<llm_graph_input_turbo_window>(ctx, batch, is_swa, kq_mask, q->ne[2]);
+        auto made = std::make_unique<llm_graph_input_turbo_window>(ctx, batch, is_swa, kq_mask, q->ne[2], centers);
         input = static_cast<llm_graph_input_turbo_window *>(res->add_input(std::move(made)));
     }
     if (k_cur) {
@@ -100,6 +86,9 @@ ggml_tensor * llama_turbo_kv::attend(
     const int64_t  n_streams = k->ne[3];
     const uint32_t first     = llama_turbo_kv::first_stream(batch);
 
+    if (centers && centers->biases.count(il)) { // queries bring along what they add to the scores of each tile's keys
+        q = ggml_concat(ctx, q, ggml_permute(ctx, centers->biases.at(il), 0, 2, 1, 3), 0);
+    }
     ggml_tensor * sources[TURBO_WINDOW_SOURCES];
     sources[TURBO_WINDOW_Q]       = by_stream(ctx, q, n_streams);
     sources[TURBO_WINDOW_K]       = ggml_permute(ctx, k, 0, 2, 1, 3);

@@ -2,6 +2,7 @@
 
 // Attention with a recent window, as a part of llama.cpp's graphs.
 
+#include "turbo-centers.h"
 #include "turbo-kv.h"
 
 #include "llama-graph.h"
@@ -12,9 +13,10 @@
 class llm_graph_input_turbo_window : public llm_graph_input_i {
 public:
     // batch: of the cache, is_swa: which of the two that a model with sliding windows has. kq_mask: of the cache, F16 [keys,
-    // queries, 1, streams].
+    // queries, 1, streams]. centers: of the cache in this graph; null if no centre turns.
     llm_graph_input_turbo_window(
-        ggml_context * ctx, const llama_kv_cache_context * batch, bool is_swa, const ggml_tensor * kq_mask, int64_t n_tokens);
+        ggml_context * ctx, const llama_kv_cache_context * batch, bool is_swa, const ggml_tensor * kq_mask, int64_t n_tokens,
+        llm_graph_input_turbo_batch_centers * centers);
 
     void set_input(const llama_ubatch * ubatch) override;
     bool can_reuse(const llm_graph_params & params) override;
@@ -33,4 +35,5 @@ public:
 private:
     const llama_kv_cache_context * batch; // of the batch at hand: it lives no longer than that, the graph does
     const ggml_tensor *            kq_mask;
+    llm_graph_input_turbo_batch_centers * centers;
 };

@@ -17,6 +17,7 @@ struct params {
 struct part {
     const struct ggml_tensor * k, * v, * mask;
     int64_t                    column; // of the mask, of the first key
+    int64_t                    tile;   // in COLUMNS, of the first key
 };
 
 static const char * row_of(const struct ggml_tensor * t, int64_t token, int64_t head, int64_t stream) {
@@ -51,14 +52,16 @@ static void compute(struct ggml_tensor * dst, int ith, int nth, void * userdata)
     const struct ggml_tensor * q = src[TURBO_WINDOW_Q], * sinks = src[TURBO_WINDOW_SINKS];
     struct ggml_tensor ring_k, ring_v;
     turbo_window_ring(dst, &ring_k, &ring_v);
+    const int64_t n_kv = src[TURBO_WINDOW_K]->ne[1], n_slots = ring_k.ne[1];
     const struct part parts[3] = {
-        { src[TURBO_WINDOW_K],     src[TURBO_WINDOW_V],     src[TURBO_WINDOW_MASK],   0 },
-        { &ring_k,                 &ring_v,                 src[TURBO_WINDOW_MASK_W], 0 },
-        { src[TURBO_WINDOW_NEW_K], src[TURBO_WINDOW_NEW_V], src[TURBO_WINDOW_MASK_W], ring_k.ne[1] },
+        { src[TURBO_WINDOW_K],     src[TURBO_WINDOW_V],     src[TURBO_WINDOW_MASK],   0,       n_kv },
+        { &ring_k,                 &ring_v,                 src[TURBO_WINDOW_MASK_W], 0,       2*n_kv },
+        { src[TURBO_WINDOW_NEW_K], src[TURBO_WINDOW_NEW_V], src[TURBO_WINDOW_MASK_W], n_slots, 2*n_kv + n_slots },
     };
+    const bool has_tiles = turbo_window_biases(dst) > 0;
     const float * factors = turbo_window_params(dst);
     const float   scale = factors[0], max_bias = factors[1], softcap = factors[2];
-    const int64_t size_k = q->ne[0], size_v = dst->ne[0], n_heads = q->ne[2], group = n_heads/parts[0].k->ne[2];
+    const int64_t size_k = parts[0].k->ne[0], size_v = dst->ne[0], n_heads = q->ne[2], group = n_heads/parts[0].k->ne[2];
     float * key = malloc((size_k + size_v)*sizeof(float)), * value = key + size_k;
 
     const int64_t n_rows = q->ne[1]*n_heads*q->ne[3];
@@ -81,7 +84,7 @@ static void compute(struct ggml_tensor * dst, int ith, int nth, void * userdata)
                     continue;
                 }
                 decode(p->k, token, head/group, stream, key);
-                float score = 0.0f;
+                float score = has_tiles ? x[size_k + columns[p->tile + token]] : 0.0f;
                 for (int64_t d = 0; d < size_k; ++d) {
                     score += x[d]*key[d];
                 }
@@ -135,6 +138,10 @@ bool turbo_is_window_attention(const struct ggml_tensor * op) {
     struct params params;
     memcpy(&params, op->op_params, sizeof(params));
     return op->op == GGML_OP_CUSTOM && params.fun == compute;
+}
+
+int64_t turbo_window_biases(const struct ggml_tensor * op) {
+    return op->src[TURBO_WINDOW_Q]->ne[0] - op->src[TURBO_WINDOW_K]->ne[0];
 }
 
 void turbo_window_ring(const struct ggml_tensor * op, struct ggml_tensor * k, struct ggml_tensor * v) {

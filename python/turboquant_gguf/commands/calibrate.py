@@ -19,7 +19,6 @@ Examples:
   turboquant-gguf calibrate model.gguf
   turboquant-gguf calibrate model.gguf -o better.gguf --text my-domain.txt
   turboquant-gguf calibrate model.gguf --in-place
-  turboquant-gguf calibrate model.gguf --context 16384
   llama-server -m model-calibrated.gguf -ctk turbo3 -ctv turbo3
 """
 
@@ -51,7 +50,7 @@ Examples:
     "--context",
     type=click.IntRange(min=library.MIN_TOKENS, max=library.MAX_CONTEXT),
     metavar="N",
-    help="The longest context that it is for, in tokens; short ones gain more if it is no longer than needed "
+    help="Positions at which the text is read, from 0 to this; only layers whose keys RoPE does not turn depend on it "
     "[default: what MODEL was trained for]",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Which parts of a longer text.")
@@ -72,10 +71,10 @@ def calibrate(
 ) -> None:
     """Measure how MODEL (a GGUF) uses its keys, and write that into a copy of it.
 
-    With it, a quantized key cache stores each key minus a constant and scaled channel by channel, and queries make up
-    for it: the same model, but the cache loses less. It serves all quantized key types, q8_0 and q4_0 as
-    well. The model runs over a text twice, on the CPU, at positions all over the context. Stock llama.cpp runs the file
-    as before. In a context longer than --context the keys are not calibrated, and the log says so.
+    With it, a quantized key cache stores each key minus the mean key of its position and scaled channel by channel, and
+    queries make up for it: the same model, but the cache loses less, in contexts of any length. It serves all quantized
+    key types, q8_0 and q4_0 as well. The model runs over a text twice, on the CPU. Stock llama.cpp runs the file as
+    before.
     """
     if in_place and output:
         raise click.UsageError("Give either -o or --in-place.")
@@ -95,10 +94,11 @@ def calibrate(
     if as_json:
         click.echo(json.dumps(asdict(done), indent=2, default=str))
         return
-    if done.reason:
-        console.print(f"Scaled, not centred: {done.reason}.", highlight=False)
+    fixed = done.layers - done.turning
+    if done.reason and fixed:
+        console.print(f"Scaled, not centred in {fixed} layers: {done.reason}.", highlight=False)
     messages.say(
-        f"{escape(str(done.path))}: keys of {done.layers} layers, from {done.tokens} tokens, for contexts of up to "
-        f"{done.context}; expected squared error of the scores {1 / done.error:.1f} times smaller",
+        f"{escape(str(done.path))}: keys of {done.layers} layers, centred by position in {done.turning}, from "
+        f"{done.tokens} tokens; expected squared error of the scores {1 / done.error:.1f} times smaller",
         console,
     )

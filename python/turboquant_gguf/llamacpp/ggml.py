@@ -77,6 +77,17 @@ class Attention(ctypes.Structure):
     ]
 
 
+class Rotary(ctypes.Structure):
+    """turbo_rotary: how the keys of a layer turn with their position."""
+
+    _fields_ = [
+        ("pairs", c_int32),
+        ("is_neox", c_bool),
+        ("tile", c_int32),
+        ("angles", ctypes.c_double * 512),
+    ]
+
+
 attention_callback = ctypes.CFUNCTYPE(c_bool, POINTER(Attention), c_void_p)
 """turbo_attention_callback."""
 
@@ -175,6 +186,7 @@ _PROTOTYPES: dict[str, dict[str, tuple]] = {
         "turbo_observer_new": (c_void_p, attention_callback, c_void_p),
         "turbo_observer_free": (None, c_void_p),
         "turbo_observer_eval": (c_bool, c_void_p, c_bool, c_void_p),
+        "turbo_get_rotary": (None, c_void_p, c_int32, POINTER(Rotary)),
     },
 }
 

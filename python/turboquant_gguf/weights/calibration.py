@@ -16,9 +16,10 @@ Setting the derivatives to zero, with the other factor held fixed:
 Two passes over the text do: the first begins with m = 0 and s = 1, the second with what the first found. Sums are kept
 for each channel, so memory does not depend on the length of the text.
 
-RoPE turns keys and queries with their position, away from what was found elsewhere. So the text is read at positions
-all over the context that the file is for, where attention is the same and only keys and queries are turned, and the
-sums are means over positions. docs/calibration.md tells how much each part gains.
+RoPE turns pairs of channels with the position of a key, and so its mean. Where that is so, m is the mean of keys before
+RoPE, and what is taken from a key is c(p), the mean of m turned to each position of the tile that p is in; s is the same
+in both channels of a pair, so that it does not matter whether keys are turned before or after. Layers without RoPE have
+one m for all positions. Which of the two a layer is, the sums of both tell. docs/calibration.md has what each part gains.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -38,11 +39,11 @@ from ..core.signals import deferred
 from ..errors import TurboquantError
 from ..llamacpp import ggml
 from ..llamacpp.ggufile import GGUFModel, rewrite
-from ..llamacpp.logits import Model
+from ..llamacpp.logits import Context, Model
 from ..llamacpp.modelmemory import F16, STEP, ModelMemory
 from ..llamacpp.recentwindow import RecentWindow, set_next
 
-VERSION = 1
+VERSION = 2
 KEY = "turboquant.keys."
 """What the metadata keys of a calibrated file begin with."""
 
@@ -72,26 +73,80 @@ Vectors = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
+class Rotary:
+    """How the keys of a layer turn with their position: pairs of channels, each by its angle.
+
+    first, second: the channels of each pair. angles: radians a position. tile: positions that have one centre. All
+    arrays are of shape (pairs,).
+    """
+
+    first: NDArray[np.int64]
+    second: NDArray[np.int64]
+    angles: NDArray[np.float64]
+    tile: int
+
+    def turned(self, vectors: NDArray[np.floating], positions: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Vectors (tokens, ..., head size) turned by their positions (tokens,); by negative ones, turned back."""
+        shape = (len(positions), *[1] * (vectors.ndim - 2), len(self.angles))
+        turns = np.exp(1j * positions[:, None] * self.angles).reshape(shape)
+        return self._of_pairs(vectors, self._pairs(vectors) * turns)
+
+    def averaged(self, vectors: Vectors) -> Vectors:
+        """The mean of vectors turned by 0, 1, ..., tile - 1."""
+        return self._of_pairs(vectors, self._pairs(vectors) * self._mean_turns())
+
+    def tied(self, squares: Vectors) -> Vectors:
+        """Squares of channels, each the mean of its pair."""
+        tied = squares.copy()
+        tied[..., self.first] = tied[..., self.second] = (squares[..., self.first] + squares[..., self.second]) / 2
+        return tied
+
+    def _mean_turns(self) -> NDArray[np.complex128]:
+        return np.exp(1j * np.arange(self.tile)[:, None] * self.angles).mean(0)
+
+    def _pairs(self, vectors: NDArray) -> NDArray[np.complex128]:
+        return vectors[..., self.first] + 1j * vectors[..., self.second]
+
+    def _of_pairs(self, vectors: NDArray, pairs: NDArray[np.complex128]) -> NDArray[np.float64]:
+        result = np.broadcast_to(vectors, (*pairs.shape[:-1], vectors.shape[-1])).astype(np.float64)
+        result[..., self.first], result[..., self.second] = pairs.real, pairs.imag
+        return result
+
+
+@dataclass(frozen=True)
 class Layer:
-    """What is done to the keys of one layer: vectors over channels, of shape (KV heads, head size)."""
+    """What is done to the keys of one layer: vectors over channels, of shape (KV heads, head size).
+
+    rotary: how the centre, which is that of keys before RoPE, turns with the position; None: it does not.
+    """
 
     center: Vectors
     scale: Vectors
+    rotary: Rotary | None = None
+
+    def centers(self, positions: NDArray[np.int64]) -> NDArray[np.float64]:
+        """What is taken from keys at `positions` (tokens,): (tokens, KV heads, head size)."""
+        if not self.rotary:
+            return np.broadcast_to(self.center, (len(positions), *self.center.shape))
+        first = positions // self.rotary.tile * self.rotary.tile
+        return self.rotary.turned(self.rotary.averaged(self.center)[None], first)
 
 
 @dataclass(frozen=True)
 class Calibration:
     """What was written.
 
-    path: the GGUF. tokens: read. context: the longest it is good for, in tokens. layers: whose keys are calibrated.
-    centred: whether they are centred, too; reason: why not, or None. error: the expected squared error of the scores,
-    weighted as above, as a part of what it was.
+    path: the GGUF. tokens: read. context: the positions at which they were read. layers: whose keys are calibrated.
+    turning: of those, how many have a centre that turns with the position. centred: whether the others are centred, too;
+    reason: why not, or None. error: the expected squared error of the scores, weighted as above, as a part of what it
+    was.
     """
 
     path: Path
     tokens: int
     context: int
     layers: int
+    turning: int
     centred: bool
     reason: str | None
     error: float
@@ -114,8 +169,8 @@ def calibrate(
 
     output: the copy; None names it after the model, in the current folder. in_place: replace the model by it. text: a
     UTF-8 file; None takes the one in the package. tokens: how many of it to read; of a longer text, windows of 512 are
-    drawn at random (seed). context: the longest that the file is for, in tokens; None takes what the model was trained
-    for. threads: of the CPU. force: replace an existing output. console: where the progress goes.
+    drawn at random (seed). context: positions up to which the text is read; None takes what the model was trained for.
+    What is found holds at all positions wherever RoPE turns keys. threads: of the CPU. force: replace an existing output. console: where the progress goes.
     Raises TurboquantError with what to do about it.
     """
     with GGUFModel(model) as file:
@@ -155,11 +210,12 @@ def calibrate(
             if number == 0:
                 before = statistics.error
     with outputfile.beside(output) as unfinished:
-        rewrite(model, unfinished, KEY, _metadata(found, layers, statistics.centred, context))
+        rewrite(model, unfinished, KEY, _metadata(found, layers))
         _require_use(unfinished)
     error = statistics.error / before
     read = sum(map(len, windows))
-    return Calibration(output, read, context, len(found), statistics.centred, statistics.reason, error)
+    turning = sum(layer.rotary is not None for layer in found.values())
+    return Calibration(output, read, context, len(found), turning, statistics.centred, statistics.reason, error)
 
 
 def _require_use(calibrated: Path) -> None:
@@ -213,18 +269,20 @@ def _readings(windows: Sequence[list[int]], context: int) -> list[tuple[int, lis
     return list(zip(starts, [*windows] * times, strict=True))
 
 
-def _metadata(found: dict[int, Layer], layers: int, centred: bool, context: int) -> dict[str, int | NDArray]:
+def _metadata(found: dict[int, Layer], layers: int) -> dict[str, int | NDArray]:
     def joined(name: str) -> NDArray[np.float32]:
         return np.concatenate([getattr(found[number], name).ravel() for number in sorted(found)]).astype(np.float32)
 
-    sizes = np.array([found[number].scale.size if number in found else 0 for number in range(layers)], np.int32)
-    metadata = {
+    def of_layers(value: Callable[[Layer], int]) -> NDArray[np.int32]:
+        return np.array([value(found[number]) if number in found else 0 for number in range(layers)], np.int32)
+
+    return {
         f"{KEY}version": VERSION,
-        f"{KEY}context": context,
-        f"{KEY}sizes": sizes,
+        f"{KEY}sizes": of_layers(lambda layer: layer.scale.size),
+        f"{KEY}turned": of_layers(lambda layer: 2 * len(layer.rotary.angles) if layer.rotary else 0),
         f"{KEY}scale": joined("scale"),
+        f"{KEY}center": joined("center"),
     }
-    return metadata | ({f"{KEY}center": joined("center")} if centred else {})
 
 
 #
@@ -233,13 +291,17 @@ def _metadata(found: dict[int, Layer], layers: int, centred: bool, context: int)
 
 
 class Moments:
-    """Weighted sums over the keys and queries of a layer, and the centre and scale that follow from them."""
+    """Weighted sums over the keys and queries of a layer, and the centre and scale that follow from them.
 
-    def __init__(self, kv_heads: int, head_size: int) -> None:
+    rotary: how its keys may turn with their position; None: they do not.
+    """
+
+    def __init__(self, kv_heads: int, head_size: int, rotary: Rotary | None = None) -> None:
         self.weight = np.zeros((kv_heads, 1))
-        self.keys, self.keys2, self.queries2 = np.zeros((3, kv_heads, head_size))
+        self.keys, self.turned_back, self.keys2, self.queries2 = np.zeros((4, kv_heads, head_size))
         self.error = 0.0
         """The sum that is to be small, with the centre and scale that came with the tokens."""
+        self._rotary = rotary
 
     def add(
         self,
@@ -249,19 +311,24 @@ class Moments:
         *,
         factor: float,
         soft_cap: float = 0,
+        position: int = 0,
         layer: Layer | None = None,
     ) -> None:
         """Count the tokens of one window.
 
         q: (tokens, heads, head size). k: (tokens, KV heads, head size). mask: (tokens, tokens), 0 or -inf. factor: of
-        the scores. soft_cap: 0 for none. layer: the best known so far; None for a centre of 0 and a scale of 1.
+        the scores. soft_cap: 0 for none. position: of the first token. layer: the best known so far; None for a centre
+        of 0 and a scale of 1.
         """
         group = q.shape[1] // k.shape[1]
         counted = _counted(mask)
         layer = layer or Layer(np.zeros(k.shape[1:]), np.ones(k.shape[1:]))
-        for g, (center, scale) in enumerate(zip(layer.center, layer.scale, strict=True)):
+        positions = np.arange(position, position + len(k))
+        centers = layer.centers(positions)
+        turned_back = self._rotary.turned(k, -positions) if self._rotary else k
+        for g, scale in enumerate(layer.scale):
             keys = k[:, g].astype(np.float64)
-            size = (((keys - center) * scale) ** 2).sum(-1)
+            size = (((keys - centers[:, g]) * scale) ** 2).sum(-1)
             weight = np.zeros(len(keys))
             for h in range(g * group, (g + 1) * group):
                 queries2 = q[:, h].astype(np.float64) ** 2
@@ -273,16 +340,35 @@ class Moments:
                 self.queries2[g] += (pairs @ size.astype(np.float32)) @ queries2
             self.weight[g] += weight.sum()
             self.keys[g] += weight @ keys
+            self.turned_back[g] += weight @ turned_back[:, g]
             self.keys2[g] += weight @ keys**2
             self.error += weight @ size
 
     def solve(self, centred: bool) -> Layer:
-        """The centre and scale for what was counted; the scales of a head have the geometric mean 1."""
+        """The centre and scale for what was counted; the scales of a head have the geometric mean 1.
+
+        centred: whether a centre that does not turn may be other than 0. One that turns with the position may always.
+        """
         weight = np.maximum(self.weight, np.finfo(float).tiny)
         center = self.keys / weight if centred else np.zeros_like(self.keys)
-        spread = self.keys2 / weight - center**2
-        scale = (_floored(self.queries2) / _floored(spread)) ** 0.25
-        return Layer(center, scale / np.exp(np.log(scale).mean(-1, keepdims=True)))
+        fixed = _Solution(Layer(center, center), self.keys2 / weight - center**2, self.queries2)
+        if not self._rotary:
+            return fixed.layer
+        center = self.turned_back / weight
+        tied = self._rotary.tied
+        spread = tied(self.keys2 / weight) - tied(self._rotary.averaged(center) ** 2)
+        turning = _Solution(Layer(center, center, self._rotary), spread, tied(self.queries2))
+        return min(turning, fixed, key=lambda solution: solution.error).layer
+
+
+class _Solution:
+    """A layer with the scale that is best for these squares of centred keys and of queries, and the error it leaves."""
+
+    def __init__(self, layer: Layer, keys2: Vectors, queries2: Vectors) -> None:
+        keys2, queries2 = _floored(keys2), _floored(queries2)
+        scale = (queries2 / keys2) ** 0.25
+        self.layer = replace(layer, scale=scale / np.exp(np.log(scale).mean(-1, keepdims=True)))
+        self.error = (np.sqrt(queries2 * keys2).sum(-1) ** 2).sum()
 
 
 def _counted(mask: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -313,14 +399,20 @@ def _floored(squares: Vectors) -> Vectors:
 
 
 class _Statistics:
-    """What an observer of a model's attention collects: the moments of every layer."""
+    """What an observer of a model's attention collects: the moments of every layer.
 
-    def __init__(self, known: dict[int, Layer]) -> None:
+    known: centre and scale of each layer so far. rotary: how the keys of a layer turn with their position.
+    """
+
+    def __init__(self, known: dict[int, Layer], rotary: Callable[[int], Rotary | None]) -> None:
         self.moments: dict[int, Moments] = {}
         self.reason: str | None = None
         self.failure: Exception | None = None
         self.interrupted: Callable[[], bool] = lambda: False
+        self.position = 0
+        """Of the first token of the window that is being read."""
         self._known = known
+        self._rotary = rotary
 
     @property
     def centred(self) -> bool:
@@ -351,8 +443,12 @@ class _Statistics:
             np.ctypeslib.as_array(got.k, (tokens, kv_heads, head_size)),
             np.ctypeslib.as_array(got.mask, (tokens, tokens)),
         )
-        moments = self.moments.setdefault(got.layer, Moments(kv_heads, head_size))
-        moments.add(*arrays, factor=got.scale, soft_cap=got.soft_cap, layer=self._known.get(got.layer))
+        if got.layer not in self.moments:
+            self.moments[got.layer] = Moments(kv_heads, head_size, self._rotary(got.layer))
+        known = self._known.get(got.layer)
+        self.moments[got.layer].add(
+            *arrays, factor=got.scale, soft_cap=got.soft_cap, position=self.position, layer=known
+        )
 
 
 def _read(
@@ -363,7 +459,7 @@ def _read(
     on_window: Callable[[], None],
 ) -> _Statistics:
     """Run the model over every window, at its position. known: centre and scale of each layer so far."""
-    statistics = _Statistics(known)
+    statistics = _Statistics(known, lambda layer: _rotary(context, layer))
     callback = ggml.attention_callback(statistics.observe)
     with ExitStack() as owned:
         observer = ggml.function("turbo_observer_new")(callback, None)
@@ -372,9 +468,21 @@ def _read(
         context = owned.enter_context(model.open(longest, observer=observer, threads=threads))
         for position, window in readings:
             context.clear()
+            statistics.position = position
             with deferred() as statistics.interrupted:
                 context.read(window, position)
             if statistics.failure:
                 raise statistics.failure
             on_window()
     return statistics
+
+
+def _rotary(context: Context, layer: int) -> Rotary | None:
+    """How the keys of a layer turn with their position; None if they do not."""
+    found = ggml.Rotary()
+    ggml.function("turbo_get_rotary")(context.handle, layer, ctypes.byref(found))
+    if not found.pairs:
+        return None
+    pairs = np.arange(found.pairs)
+    first, second = (pairs, pairs + found.pairs) if found.is_neox else (2 * pairs, 2 * pairs + 1)
+    return Rotary(first, second, np.array(found.angles[: found.pairs]), found.tile)
