@@ -2,7 +2,9 @@
 // instruction set. Prints the instruction set; exit code 0: all equal.
 
 #include "cpu/turbo-cpu.h"
+#include "format/turbo-encode.h"
 
+#include <float.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -119,9 +121,35 @@ static void check(int bits, quantize_t quantize, dequantize_t dequantize, dot_t 
     free(blocks_simd);
 }
 
+// The stored scale changes from one code to the next exactly where the format says, whatever the square root gives.
+static void check_scales(int bits) {
+    const turbo_codec * codec = turbo_get_codec(bits);
+    const int           last  = TURBO_SCALE_CODES(bits) - 1;
+    uint8_t states[QK_TURBO];
+    for (int code = 0; code < last; ++code) {
+        int cc = 0;
+        for (int i = 0; i < QK_TURBO; ++i) {
+            states[i] = (uint8_t) random_bits();
+            cc += codec->codebook[states[i]]*codec->codebook[states[i]];
+        }
+        const float begin = turbo_scale_value(bits, code > 0 ? code : 1), next = turbo_scale_value(bits, code + 1);
+        const float end   = code > 0 ? (begin + next)/2 : ldexpf(1.0f + ldexpf(1.0f, -(bits + 3)), -40);
+        const float least = end*end*(float) cc; // of the next code
+        expect(turbo_fit_scale(codec, least, states, 7) == code + 1, "a scale begins elsewhere", bits, code);
+        expect(turbo_fit_scale(codec, nextafterf(least, 0), states, 7) == code, "a scale ends elsewhere", bits, code);
+    }
+    expect(turbo_fit_scale(codec, FLT_MAX, states, 7) == last, "the largest scale is not the last code", bits, last);
+    expect(turbo_fit_scale(codec, 0, states, 7) == 0, "no energy is not code 0", bits, 0);
+    turbo_codec zeros = *codec;
+    memset(zeros.codebook, 0, sizeof(zeros.codebook));
+    expect(turbo_fit_scale(&zeros, 1, states, 7) == 7, "entries of 0 have a scale", bits, 0);
+}
+
 int main(void) {
 #define CHECK(K, ID) check(K, quantize_row_turbo##K, dequantize_row_turbo##K##_cpu, ggml_vec_dot_turbo##K##_q8_0);
     TURBO_TYPES(CHECK)
+#define CHECK_SCALES(K, ID) check_scales(K);
+    TURBO_TYPES(CHECK_SCALES)
     printf("%s\n", turbo_cpu_simd());
     return failures != 0;
 }

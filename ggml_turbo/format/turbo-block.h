@@ -7,7 +7,8 @@
 //   - a float's bits come and go as uint32_t (C: memcpy; CUDA, HIP: __float_as_uint; Metal: as_type; GLSL, which has to
 //     write the functions out: floatBitsToUint). So what is done to NaN and infinities are integer operations, which no
 //     fast-math option can drop;
-//   - rounding to an integer, square root and division, which a caller must have rounded to nearest (README.md);
+//   - rounding to an integer, square root and division, which a caller must have rounded to nearest (README.md; those of
+//     the stored scale need not be);
 //   - TURBO_FUNCTION, what stands before a function, may be defined before this file is included.
 //
 // k is 2, 3 or 4, the bits of a code: a constant wherever it matters.
@@ -64,6 +65,12 @@ TURBO_FUNCTION int turbo_scale_from_float(int k, uint32_t bits) {
     const int code = (int) ((bits + (1u << (22 - TURBO_SCALE_MANTISSA(k)))) >> (23 - TURBO_SCALE_MANTISSA(k)))
                    - ((127 - TURBO_SCALE_BIAS) << TURBO_SCALE_MANTISSA(k));
     return code < 0 ? 0 : code < TURBO_SCALE_CODES(k) ? code : TURBO_SCALE_CODES(k) - 1;
+}
+
+// The bits of the scale halfway to the next code, the least of those that turbo_scale_from_float takes to it.
+TURBO_FUNCTION uint32_t turbo_scale_end(int k, int code) {
+    return ((uint32_t) code << (23 - TURBO_SCALE_MANTISSA(k))) + (1u << (22 - TURBO_SCALE_MANTISSA(k)))
+         + ((uint32_t) (127 - TURBO_SCALE_BIAS) << 23);
 }
 
 // ---- header and states ----
@@ -147,12 +154,11 @@ TURBO_FUNCTION int turbo_path_cost(int best, int target, int entry) {
     TURBO_ASSERT((k)*QK_TURBO % 16 == 0, "a block is a whole number of 16-bit words: 2-byte loads stay aligned");     \
     TURBO_ASSERT(TURBO_STATE_BIT(k, QK_TURBO - 1) + 8 == 8*TURBO_BLOCK_BYTES(k), "the last state ends the block");   \
     TURBO_ASSERT(TURBO_STATE_BIT(k, QK_TURBO - 1) % 8 == 0, "and is one whole byte: no read goes past the block");    \
-    TURBO_ASSERT(TURBO_SCALE_MANTISSA(k) <= 22, "a scale's mantissa and one bit to round by fit in a float's")
+    TURBO_ASSERT(TURBO_SCALE_MANTISSA(k) <= 10, "the square of a scale halfway between two is exact as a float")
 
 TURBO_ASSERT(QK_TURBO % 8 == 0, "codes are packed eight at a time, k bytes");
 TURBO_ASSERT(QK_TURBO % TURBO_RENORMALIZE == 0, "the last step renormalizes, so that the total is the whole cost");
 TURBO_ASSERT(63 - TURBO_SCALE_BIAS + 127 < 255, "the largest scale is finite");
 TURBO_ASSERT(32768*32768 <= 0x7fffffff - (1 << 14), "a squared distance, rounded, fits in 31 bits");
 TURBO_ASSERT(QK_TURBO/TURBO_RENORMALIZE*65535 <= 1 << 24, "the cost of a block is exact as a float");
-TURBO_ASSERT(QK_TURBO*TURBO_MAX_TARGET <= 0x7fffffff/TURBO_MAX_ENTRY, "sums of target * entry fit in 31 bits");
-TURBO_ASSERT(QK_TURBO*TURBO_MAX_ENTRY <= 0x7fffffff/256/TURBO_MAX_ENTRY, "so do 256 * sums of entry^2");
+TURBO_ASSERT(QK_TURBO*TURBO_MAX_ENTRY*TURBO_MAX_ENTRY <= 1 << 24, "a sum of entry^2 is exact as a float");

@@ -25,6 +25,7 @@ typedef struct {
 typedef struct {
     int         scale_code;
     int16_t     target[QK_TURBO]; // the values in codebook units, 8 fractional bits
+    float       energy;           // of the values: the sum of their squares
     turbo_paths paths;
     uint32_t    cost;             // of the best path
 } turbo_candidate;
@@ -79,8 +80,8 @@ static inline float turbo_sanitize_block(const float * x, float * clean) {
     return turbo_bits_to_float((uint32_t) largest);
 }
 
-// Root of the mean square; 16 partial sums, then halves onto halves: the order of a 16-lane register.
-static inline float turbo_rms(const float * x) {
+// The sum of squares; 16 partial sums, then halves onto halves: the order of a 16-lane register.
+static inline float turbo_energy(const float * x) {
     TURBO_ASSERT(QK_TURBO % 16 == 0, "each partial sum has as many terms");
     float sum[16] = {0};
     for (int i = 0; i < QK_TURBO; i += 16) {
@@ -93,7 +94,7 @@ static inline float turbo_rms(const float * x) {
             sum[lane] += sum[lane + half];
         }
     }
-    return sqrtf(sum[0] / QK_TURBO);
+    return sum[0];
 }
 
 // x in codebook units, 8 fractional bits.
@@ -106,18 +107,31 @@ static inline void turbo_targets(const float * x, float scale, int16_t * target)
 
 // ---- from states to a block ----
 
-// The code of the scale that fits the chosen codebook entries best: least squares.
-static inline int turbo_fit_scale(const turbo_codec * codec, const int16_t * target, const uint8_t * states, int code) {
-    int32_t xc = 0, cc = 0;
+// Whether a code above this one has the scale that entries with the squared norm cc need for this energy. The square is
+// exact, the product rounded once.
+static inline int turbo_scale_is_above(int bits, int code, float energy, float cc) {
+    const float end = turbo_bits_to_float(turbo_scale_end(bits, code));
+    return energy >= end*end*cc;
+}
+
+// The code of the scale with which the chosen codebook entries have the norm of the values. The two comparisons decide:
+// of the division and the square root before them it is enough that they come within one code.
+static inline int turbo_fit_scale(const turbo_codec * codec, float energy, const uint8_t * states, int code) {
+    int32_t sum = 0;
     for (int i = 0; i < QK_TURBO; ++i) {
         const int c = codec->codebook[states[i]];
-        xc += target[i]*c;
-        cc += c*c;
+        sum += c*c;
     }
-    if (xc <= 0) {
+    if (sum == 0) {
         return code;
     }
-    return turbo_scale_code(codec->bits, turbo_scale_value(codec->bits, code)*((float) xc / (float) (256*cc)));
+    const int   bits   = codec->bits, last = TURBO_SCALE_CODES(codec->bits) - 1;
+    const float cc     = (float) sum;
+    const int   fitted = turbo_scale_code(bits, sqrtf(energy/cc));
+    if (fitted > 0 && !turbo_scale_is_above(bits, fitted - 1, energy, cc)) {
+        return fitted - 1;
+    }
+    return fitted + (fitted < last && turbo_scale_is_above(bits, fitted, energy, cc));
 }
 
 static inline void turbo_pack(int bits, int scale_code, const uint8_t * states, uint8_t * block) {
@@ -144,7 +158,8 @@ static inline const turbo_candidate * turbo_best_candidate(const turbo_codec * c
 
     float       clean[QK_TURBO], scale[2];
     const float max_abs = turbo_sanitize_block(x, clean);
-    const float by_rms  = turbo_rms(clean)*codec->rms_to_scale;
+    const float energy  = turbo_energy(clean);
+    const float by_rms  = sqrtf(energy/QK_TURBO)*codec->rms_to_scale;
     const float by_max  = max_abs*codec->max_to_scale;
     const float guess   = by_rms > by_max ? by_rms : by_max;
     for (int j = 0; j < 2; ++j) {
@@ -153,6 +168,7 @@ static inline const turbo_candidate * turbo_best_candidate(const turbo_codec * c
             return NULL;
         }
         scale[j] = turbo_scale_value(codec->bits, candidates[j].scale_code);
+        candidates[j].energy = energy;
         turbo_targets(clean, scale[j], candidates[j].target);
     }
     search(codec, candidates);
@@ -182,7 +198,7 @@ static inline void turbo_encode_blocks(const turbo_codec * codec, int n_blocks, 
     }
     traceback(codec, n, best, states);
     for (int i = 0; i < n; ++i) {
-        const int scale_code = turbo_fit_scale(codec, best[i]->target, states[i], best[i]->scale_code);
+        const int scale_code = turbo_fit_scale(codec, best[i]->energy, states[i], best[i]->scale_code);
         turbo_pack(codec->bits, scale_code, states[i], block[i]);
     }
 }

@@ -5,9 +5,10 @@ A codebook of 256 trellis states is built of three tables of 16 entries (ggml_tu
 
     codebook[s] = a[s & 15] + b[(s >> 4) ^ p[s & 15]]
 
-For a fixed p, training alternates as Lloyd's algorithm does: encode Gaussian blocks with the reference encoder
-itself, then set a and b to the least-squares fit of what the encoder chose. p is searched: many random starts,
-the best of them trained longer, then small changes of p and of the tables, kept where they lower the error.
+For a fixed p, training alternates as Lloyd's algorithm does: encode Gaussian blocks with the reference encoder,
+but for its scale (training.c), then set a and b to the least-squares fit of what the encoder chose. p is searched:
+many random starts, the best of them trained longer, then small changes of p and of the tables, kept where they lower
+the error. The error that is written down is the encoder's own.
 
 Every number is drawn from fixed seeds and every sum has a fixed order, so a run regenerates the committed file
 bit for bit (about 10 minutes a type on one core; the three types run side by side).
@@ -32,6 +33,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "ggml_turbo"
+ENCODER = Path(__file__).with_name("training.c")
 sys.path.insert(0, str(SOURCE / "format"))
 import emit
 
@@ -64,12 +66,11 @@ class Codec(ctypes.Structure):
 
 
 def build_codec(folder: Path) -> ctypes.CDLL:
-    """The codec without ggml: the SIMD encoder, which is the reference's bit for bit, and the reference's decoder."""
+    """The codec without ggml, with the encoder of training.c; SIMD searches, which are the reference's bit for bit."""
     lib = folder / "libturbo.so"
     subprocess.run(
         [os.environ.get("CC", "cc"), "-std=gnu11", "-O3", "-march=native", "-ffp-contract=off", "-shared", "-fPIC",
-         "-DGGML_TURBO_STANDALONE", f"-I{SOURCE}", f"-I{SOURCE}/format", "-o", lib, SOURCE / "format/turbo-reference.c",
-         SOURCE / "cpu/turbo-cpu.c", "-lm"],
+         "-DGGML_TURBO_STANDALONE", f"-I{SOURCE}", f"-I{SOURCE}/format", "-o", lib, ENCODER, "-lm"],
         check=True,
     )
     return ctypes.CDLL(str(lib))
@@ -105,11 +106,12 @@ class Trainer:
     def __init__(self, lib: ctypes.CDLL, bits: int):
         self.lib, self.bits = lib, bits
 
-    def encode(self, codec: Codec, x: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
+    def encode(self, codec: Codec, x: np.ndarray,
+               encoder: str = "turbo_train_blocks") -> tuple[float, np.ndarray, np.ndarray]:
         """Mean squared error, states (n, 64) and scales (n,) that the encoder chooses for x (n, 64)."""
         blocks = np.empty((len(x), 2 + 8 * self.bits), np.uint8)
-        self.lib.turbo_quantize_blocks_cpu(ctypes.byref(codec), x.ctypes.data_as(ctypes.c_void_p),
-                                           blocks.ctypes.data_as(ctypes.c_void_p), ctypes.c_int64(len(x)))
+        getattr(self.lib, encoder)(ctypes.byref(codec), x.ctypes.data_as(ctypes.c_void_p),
+                                   blocks.ctypes.data_as(ctypes.c_void_p), ctypes.c_int64(len(x)))
         layout = codec_numpy.Codec(self.bits, codec.rms_to_scale, codec.max_to_scale, codec.mse, np.array(codec.codebook))
         states, scales = codec_numpy.states_of(layout, blocks), codec_numpy.scales_of(layout, blocks)
         y = scales[:, None] * layout.codebook[states]
@@ -184,7 +186,7 @@ class Trainer:
                     pool.pop()  # the worst: the steps that are left go to the others
         pool = [(self.rounds(self.tune_guess(model, middle), long, n(20))) for _, model in pool]
         _, model = min(pool, key=lambda pair: pair[0])
-        mse, _, _ = self.encode(model.codec(), gaussian(16000, HELD_OUT_SEED))
+        mse, _, _ = self.encode(model.codec(), gaussian(16000, HELD_OUT_SEED), "turbo_quantize_blocks_cpu")
         return model.codec(mse)
 
 
@@ -203,7 +205,7 @@ def as_toml(codecs: list[Codec], numbers: dict[int, int], comment: str) -> str:
             f"bits         = {c.bits}\n"
             f"rms_to_scale = {float(c.rms_to_scale):.9g}\n"
             f"max_to_scale = {float(c.max_to_scale):.9g}\n"
-            f"mse          = {float(c.mse):.4g}\n"
+            f"mse          = {float(c.mse):.5g}\n"
         )
         text += "".join(f"{name} = [{', '.join(f'{v:4d}' for v in getattr(c, name))}]\n" for name in ("a", "b", "p"))
     return text

@@ -9,7 +9,7 @@ static const turbo_codec turbo_codecs[3] = {
         .bits         = 2,
         .rms_to_scale = 0.0206852276f,
         .max_to_scale = 0.00769841252f,
-        .mse          = 0.0671f,
+        .mse          = 0.068221f,
         .a            = {
                2,    0,   -1,   -3,    1,   26,   26,  -13,   20,  -21,   18,  -25,   -8,   -7,   -8,   -7
         },
@@ -60,7 +60,7 @@ static const turbo_codec turbo_codecs[3] = {
         .bits         = 3,
         .rms_to_scale = 0.0227396414f,
         .max_to_scale = 0.00769841252f,
-        .mse          = 0.01838f,
+        .mse          = 0.018448f,
         .a            = {
               21,   14,    6,   12,   23,   -1,   -8,   31,   -3,  -23,   11,  -16,   -1,  -34,  -17,  -13
         },
@@ -111,7 +111,7 @@ static const turbo_codec turbo_codecs[3] = {
         .bits         = 4,
         .rms_to_scale = 0.0246716477f,
         .max_to_scale = 0.00769841252f,
-        .mse          = 0.005051f,
+        .mse          = 0.0050501f,
         .a            = {
               15,   12,  -27,   38,    9,  -15,   21,  -10,   -7,  -32,    2,   14,  -20,    1,  -10,    7
         },

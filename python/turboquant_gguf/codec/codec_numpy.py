@@ -76,6 +76,13 @@ def scale_values(codec: Codec, codes: np.ndarray) -> np.ndarray:
     return np.where(codes == 0, np.float32(0), values)
 
 
+def scale_ends(codec: Codec, codes: np.ndarray) -> np.ndarray:
+    """Scales (n,) float32 halfway between those of these codes and of the next; below code 1's is 2^-40 here, not 0."""
+    steps = 2 << codec.bits + 2
+    halves = 2 * codes + 1
+    return np.ldexp(1.0 + halves % steps / steps, halves // steps - SCALE_BIAS).astype(np.float32)
+
+
 def dequantize_blocks(codec: Codec, blocks: np.ndarray) -> np.ndarray:
     """float32 (n, 64) from blocks, uint8 (n, block_bytes)."""
     return scales_of(codec, blocks)[:, None] * codec.codebook[states_of(codec, blocks)].astype(np.float32)
@@ -101,14 +108,14 @@ def sanitize(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.clip(clean, -largest[:, None], largest[:, None]), largest
 
 
-def rms(x: np.ndarray) -> np.ndarray:
-    """Root of the mean square (n,) of x (n, 64); the order of the sum is part of the definition."""
+def energies(x: np.ndarray) -> np.ndarray:
+    """Sums of squares (n,) of x (n, 64); the order of the sum is part of the definition."""
     squares = (x * x).reshape(-1, 4, 16)
     total = ((squares[:, 0] + squares[:, 1]) + squares[:, 2]) + squares[:, 3]
     while total.shape[1] > 1:
         half = total.shape[1] // 2
         total = total[:, :half] + total[:, half:]
-    return np.sqrt(total[:, 0] / np.float32(BLOCK))
+    return total[:, 0]
 
 
 def targets_of(x: np.ndarray, scales: np.ndarray) -> np.ndarray:
@@ -157,12 +164,16 @@ def traceback(codec: Codec, targets: np.ndarray, best: list[np.ndarray]) -> np.n
     return states
 
 
-def fit_scales(codec: Codec, targets: np.ndarray, states: np.ndarray, codes: np.ndarray) -> np.ndarray:
-    """Codes of the least-squares scales for the chosen states."""
+def fit_scales(codec: Codec, energy: np.ndarray, states: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    """Codes of the scales with which the chosen states have this energy (n,), float32, found bit by bit."""
     entries = codec.codebook[states]
-    xc, cc = (targets * entries).sum(axis=1), (entries * entries).sum(axis=1)
-    ratio = xc.astype(np.float32) / (256 * np.maximum(cc, 1)).astype(np.float32)
-    return np.where(xc > 0, scale_codes(codec, scale_values(codec, codes) * np.maximum(ratio, 0)), codes)
+    cc = (entries * entries).sum(axis=1).astype(np.float32)
+    fitted = np.zeros_like(codes)
+    for bit in reversed(range(8 + codec.bits)):
+        tried = fitted + (1 << bit)
+        begin = scale_ends(codec, tried - 1)
+        fitted = np.where(energy >= begin * begin * cc, tried, fitted)
+    return np.where(cc > 0, fitted, codes)
 
 
 def pack(codec: Codec, codes: np.ndarray, states: np.ndarray) -> np.ndarray:
@@ -178,7 +189,9 @@ def pack(codec: Codec, codes: np.ndarray, states: np.ndarray) -> np.ndarray:
 def quantize_blocks(codec: Codec, x: np.ndarray) -> np.ndarray:
     """Blocks, uint8 (n, block_bytes), of x, float32 (n, 64)."""
     clean, largest = sanitize(x)
-    guess = np.maximum(rms(clean) * codec.rms_to_scale, largest * codec.max_to_scale)
+    energy = energies(clean)
+    rms = np.sqrt(energy / np.float32(BLOCK))
+    guess = np.maximum(rms * codec.rms_to_scale, largest * codec.max_to_scale)
     tries = []
     for factor in AROUND_GUESS:
         codes = scale_codes(codec, guess * factor)
@@ -186,7 +199,7 @@ def quantize_blocks(codec: Codec, x: np.ndarray) -> np.ndarray:
         targets = targets_of(clean, scales)
         total, best = search(codec, targets)
         states = traceback(codec, targets, best)
-        blocks = pack(codec, fit_scales(codec, targets, states, codes), states)
+        blocks = pack(codec, fit_scales(codec, energy, states, codes), states)
         tries.append((total.astype(np.float32) * (scales * scales), codes, blocks))
     (error0, code0, blocks0), (error1, code1, blocks1) = tries
     blocks = np.where((error1 < error0)[:, None], blocks1, blocks0)
