@@ -17,21 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import TurboquantError
-from . import ggml
-from .toolerrors import check_model_file
+from . import ggml, toolerrors
 
 MAX_DIMENSIONS = 4  # GGML_MAX_DIMS
 
-# What ggml logs where it refuses a file, and what the user can do ({0}: the group). The first that matches decides.
-_ADVICE = (
-    (r"GGUFv1", "is a GGUF of version 1, which llama.cpp has given up. Convert the model again."),
-    (r"only supports up to version", "is a GGUF of a version newer than the llama.cpp in this package."),
-    (r"endianness", "is a GGUF for machines of the other byte order. Convert it with gguf-convert-endian."),
-    (
-        r"(tensor '.*') has invalid ggml type",
-        "has a {0} of a type unknown here. It is newer than the llama.cpp in this package, or damaged.",
-    ),
-)
 _PART_NAME = re.compile(r"(?P<stem>.*)-(?P<part>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
@@ -61,7 +50,7 @@ class GGUFFile:
     """
 
     def __init__(self, path: Path) -> None:
-        check_model_file(path)
+        toolerrors.check_model_file(path)
         self.path = path
         self.size = path.stat().st_size
         """Bytes."""
@@ -222,11 +211,10 @@ def _parts(path: Path, metadata: Mapping[str, Any]) -> tuple[Path, ...]:
 
 def _refused(path: Path, log: str) -> TurboquantError:
     """Why ggml does not read the file, from what it logged."""
-    cause = log.partition("\n")[0].partition(": ")[2]  # what follows the name of the function
-    otherwise = f"is damaged or incomplete ({cause}). Download it again."
-    found = ((re.search(pattern, log), text) for pattern, text in _ADVICE)
-    advice = next((text.format(*match.groups()) for match, text in found if match), otherwise)
-    return TurboquantError(f"{path} {advice}")
+    known = toolerrors.advice(log, toolerrors.GGUF)
+    return TurboquantError(
+        f"{path} {known or f'is damaged or incomplete ({toolerrors.cause(log)}). Download it again.'}"
+    )
 
 
 def _type_name(number: int) -> str:

@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Self
 
 from ..errors import TurboquantError
-from . import ggml
+from . import ggml, toolerrors
 from .cachetypes import F16, CacheTypes
-from .toolerrors import advice
 
 UBATCH = 512
 """Tokens that llama-server computes at once, by default."""
@@ -262,8 +261,7 @@ class ModelMemory:
 
 def _refused(what: str) -> RefusedError:
     log = ggml.function("turbo_memory_errors")().decode(errors="replace")
-    cause = log.partition("\n")[0].partition(": ")[2]  # what follows the name of the function
-    return RefusedError(advice(log) or f"{what}: {cause}.")
+    return RefusedError(toolerrors.advice(log) or f"{what}: {toolerrors.cause(log)}.")
 
 
 @cache

