@@ -394,16 +394,18 @@ def wide() -> Finding:
 def shown(table: tables.Table) -> list[str]:
     console = Console(width=80)
     with console.capture() as captured:
-        for part in tables.grids(table):
-            console.print(part)
+        console.print(tables.Shown(table, gap=1))
     return captured.get().splitlines()
 
 
 @pytest.mark.parametrize("part", [Retrieval.table, lambda finding: _table_of_maps(Retrieval.maps(finding))])
 def test_print_fits_80_columns(part):
-    lines = shown(part(wide()))
+    table = part(wide())
+    lines = shown(table)
     assert max(map(len, lines)) <= 80
     assert not any("…" in line for line in lines), "a cell was cut"
+    first = table.columns[0].heading.split("\n")[0]
+    assert sum(line.startswith(first) for line in lines) == 1, "columns did not fit side by side"
 
 
 def test_maps_can_be_read_without_color():

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 from rich.console import Console
 
+from ..core import tables
 from ..measure import demo as library
 from . import options
 
@@ -72,4 +73,4 @@ def demo(
     else:
         console = Console()
         console.rule()
-        console.print(library.table(results))
+        console.print(tables.Shown(library.table(results)), highlight=False)

@@ -9,8 +9,8 @@ from pathlib import Path
 import click
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
+from ..core import tables
 from ..core.units import size_text
 from ..measure import recommend as library
 from . import options
@@ -80,7 +80,8 @@ def recommend(
 def _show(found: library.Recommendation) -> None:
     console = Console(highlight=False)
     base = found.measured.base if found.measured else "f16"
-    columns = {
+    cells = {
+        "cache\ntype": lambda one: one.types,
         "\nbits": lambda one: f"{one.bits:.4g}",
         "\nweights": lambda one: size_text(one.size.weights),
         "\ncache": lambda one: size_text(one.size.cache),
@@ -90,17 +91,12 @@ def _show(found: library.Recommendation) -> None:
         "longest\ncontext": lambda one: str(one.longest_context),
         f"KL from\n{base}": lambda one: f"{'~' if one.measured is None else ''}{one.loss:.4f}",
     }
-    for title in ("\nbits", "\nweights", "\nbuffers") if console.width < _WIDE else ("\ntotal",):
-        del columns[title]
-    grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    grid.add_column("cache\ntype", no_wrap=True)
-    for title in columns:
-        grid.add_column(title, justify="right", no_wrap=True)
-    for one in found.candidates:
-        style = "bold" if one is found.best else None if one.fits else "dim"
-        grid.add_row(one.types, *(cell(one) for cell in columns.values()), style=style)
+    for heading in ("\nbits", "\nweights", "\nbuffers") if console.width < _WIDE else ("\ntotal",):
+        del cells[heading]
+    rows = [[cell(one) for cell in cells.values()] for one in found.candidates]
+    styles = ["bold" if one is found.best else "" if one.fits else "dim" for one in found.candidates]
     console.print(f"[bold]{escape(found.model)}, {found.context} tokens in {size_text(found.memory)}[/]")
-    console.print(grid)
+    console.print(tables.Shown(tables.Table("Candidates", tables.columns(*cells), {"": rows}), styles=styles))
     if any(one.measured is None for one in found.candidates):
         console.print("[dim]~ predicted from what a small reference model loses.[/]")
     if found.measured:

@@ -10,9 +10,9 @@ from textwrap import shorten
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
-from ..core import progress
+from ..core import progress, tables
+from ..core.tables import Table
 from ..core.units import MIB
 from ..llamacpp import perplexity, server
 from ..llamacpp.cachetypes import CacheTypes
@@ -148,20 +148,15 @@ def _perplexity_with_bar(
         )
 
 
-def table(measurements: Iterable[Measurement]) -> Table:
-    """The measurements as one table of at most 80 columns, compared with f16 where f16 was measured."""
-    measurements = list(measurements)
+def table(measurements: Sequence[Measurement]) -> Table:
+    """The measurements, at most 80 columns wide, compared with f16 where f16 was measured."""
     base = next((m for m in measurements if m.types == "f16"), None)
-    grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    grid.add_column("cache\ntype", no_wrap=True)
-    headings = (
-        f"MiB for\n{measurements[0].context} tokens", "smaller\nthan f16", "tokens\nin 1 GiB", "decode\ntokens/s",
-        "\nperplexity", "against\nf16",
+    columns = tables.columns(
+        "cache\ntype", f"MiB for\n{measurements[0].context} tokens", "smaller\nthan f16", "tokens\nin 1 GiB",
+        "decode\ntokens/s", "\nperplexity", "against\nf16",
     )  # fmt: skip
-    for heading in headings:
-        grid.add_column(heading, justify="right", no_wrap=True)
-    for m in measurements:
-        grid.add_row(
+    rows = [
+        [
             m.types,
             f"{m.cache_bytes / MIB:.1f}",
             f"{base.cache_bytes / m.cache_bytes:.2f}x" if base else "-",
@@ -169,8 +164,10 @@ def table(measurements: Iterable[Measurement]) -> Table:
             f"{m.decode_speed:.1f}",
             f"{m.perplexity:.2f}",
             f"{m.perplexity / base.perplexity - 1:+.1%}" if base else "-",
-        )
-    return grid
+        ]
+        for m in measurements
+    ]
+    return Table("Cache types", columns, {"": rows})
 
 
 def as_json(measurements: Iterable[Measurement]) -> list[dict]:

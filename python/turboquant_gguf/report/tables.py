@@ -149,6 +149,6 @@ def terminal(sections: Sequence[Section]) -> Group:
         for part in parts(section, machines):
             lines += ["", f"[bold]{part.title}[/]: {escape(part.conditions)}", f"[dim]{escape(part.source)}[/]"]
             for table in part.tables:
-                lines += ["", *tables.grids(table), *map(escape, table.notes)]
+                lines += ["", tables.Shown(table, gap=1), *map(escape, table.notes)]
         lines += map(escape, left_out(section))
     return Group(*(line for line in lines if line is not None))
