@@ -252,7 +252,8 @@ def test_a_round_without_f16_gives_speeds_but_no_ratio():
 
 def test_rows_of_earlier_versions_are_read():
     """Of all rounds at once, with the median and the range."""
-    old = {"name": "turbo4", "depth": 0} | dict.fromkeys(speed.METRICS) | {"decode_ratio": {"median": 2, "low": 1, "high": 3}}
+    old = {"name": "turbo4", "depth": 0} | dict.fromkeys(speed.METRICS)
+    old["decode_ratio"] = {"median": 2, "low": 1, "high": 3}
     ((found, _),) = Speed.summarize(rows_of([{"turbo4": [old]}]))
     ((cell,),) = found.values()
     assert cell["decode_ratio"] == {"median": 2, "low": 1, "high": 3} and cell["decode_speed"] is None
@@ -263,7 +264,8 @@ def wide() -> Finding:
     metrics = ("prefill_speed", "prefill_ratio", "decode_speed", "decode_ratio", "cache_traffic")
     found = {
         CacheTypes.parse(name): [
-            {"depth": depth} | {metric: speed.spread([1234 * rng.uniform(0.5, 2) for _ in range(3)]) for metric in metrics}
+            {"depth": depth}
+            | {metric: speed.spread([1234 * rng.uniform(0.5, 2) for _ in range(3)]) for metric in metrics}
             for depth in (0, 4096, 131072)
         ]
         for name in Speed.default_types

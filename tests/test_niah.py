@@ -168,8 +168,8 @@ def test_tokens_are_counted_as_the_server_counts_them(name, request):
 def test_smollm2_finds_needles(smollm2, tmp_path):
     plot = tmp_path / "found.png"
     pytest.importorskip("matplotlib")
-    options = ("--types", "turbo4", "--lengths", "512,256", "--depths", "0,100", "--threads", "1", "-o", tmp_path / "r.sqlite")
-    done = run(smollm2, *options, "--plot", plot, "--json")
+    options = ("--types", "turbo4", "--lengths", "512,256", "--depths", "0,100", "--threads", "1")
+    done = run(smollm2, *options, "-o", tmp_path / "r.sqlite", "--plot", plot, "--json")
     assert done.returncode == 0, done.stderr
     (finding,) = json.loads(done.stdout)["findings"]
     assert finding["settings"]["length"] == [256, 512] and finding["machines"][0]["devices"]

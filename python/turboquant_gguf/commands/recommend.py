@@ -102,9 +102,8 @@ def _show(found: library.Recommendation) -> None:
     if found.measured:
         console.print(f"[dim]Measured on {escape(str(found.measured))}.[/]")
     if found.left_out:
-        console.print(
-            f"[dim]Measurements of this model that do not compare were left out: {escape('; '.join(found.left_out))}.[/]"
-        )
+        others = escape("; ".join(found.left_out))
+        console.print(f"[dim]Measurements of this model that do not compare were left out: {others}.[/]")
     if found.trained_length and found.context > found.trained_length:
         console.print(f"[bold yellow]Note:[/] this model was trained for {found.trained_length} tokens.")
     if not found.best:

@@ -1,4 +1,4 @@
-"""Sentences for people. Nothing in them is broken by us, so that a path can be copied; a terminal breaks its own lines."""
+"""Sentences for people, without line breaks of ours, so that a path can be copied: a terminal breaks its own lines."""
 
 from __future__ import annotations
 

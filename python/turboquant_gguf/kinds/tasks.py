@@ -84,7 +84,8 @@ class Tasks(Kind):
     help = """Let MODEL, a GGUF file, do tasks of EleutherAI's lm-evaluation-harness with several KV-cache types.
 
     Answers are greedy (temperature 0), and each type is compared with f16 on the same documents. Only tasks in which
-    the model writes its answer work: llama-server gives no log-probabilities of prompts, which multiple choice needs."""
+    the model writes its answer work: multiple choice needs log-probabilities of prompts, and llama-server gives
+    none."""
     examples = """
   turboquant-gguf eval my.gguf --tasks gsm8k --limit 200
   turboquant-gguf eval my.gguf --tasks gsm8k --types turbo4,turbo4:turbo3

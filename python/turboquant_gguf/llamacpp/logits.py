@@ -68,7 +68,10 @@ class Model:
         return self.bindings.llama_vocab_bos(self._vocabulary) if wanted else None
 
     def tokenize(self, text: str) -> list[int]:
-        """Tokens of a text, with those that the model wants at the beginning. Raises TurboquantError if there are none."""
+        """Tokens of a text, with those that the model wants at the beginning.
+
+        Raises TurboquantError if there are none.
+        """
         data = text.encode()
         room = len(data) + 8
         tokens = (ctypes.c_int32 * room)()

@@ -143,9 +143,11 @@ def _perplexity_with_bar(
 ) -> perplexity.Perplexity:
     with as_file(files("turboquant_gguf") / "data" / "demo.txt") as text, progress.bar(console) as bar:
         task = bar.add_task(f"measuring perplexity with {types}", total=None)
-        return perplexity.measure(
-            model, types, text, threads=threads, on_chunk=lambda done, total: bar.update(task, completed=done, total=total)
-        )
+
+        def on_chunk(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        return perplexity.measure(model, types, text, threads=threads, on_chunk=on_chunk)
 
 
 def table(measurements: Sequence[Measurement]) -> Table:

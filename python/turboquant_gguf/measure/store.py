@@ -69,7 +69,7 @@ _DEAD_SECONDS = 120
 _ADVICE = {
     sqlite3.SQLITE_BUSY: "is being written by another process. Wait for that to end, or stop it.",
     sqlite3.SQLITE_LOCKED: "is being written by another process. Wait for that to end, or stop it.",
-    sqlite3.SQLITE_READONLY: "cannot be written. Change its permissions or those of its folder, or choose another file.",
+    sqlite3.SQLITE_READONLY: "cannot be written. Change its permissions or its folder's, or choose another file.",
     sqlite3.SQLITE_PERM: "may not be opened. Change its permissions, or choose another file.",
     sqlite3.SQLITE_CANTOPEN: "cannot be opened as a file of measurements. See that its folder exists and that you may "
     "write there, or choose another file.",
