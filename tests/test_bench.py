@@ -234,7 +234,7 @@ def test_ratios_are_formed_within_a_round():
     rounds = []
     for factor in drift:
         base, own = (llamabench.Sample(200 * factor, tokens * factor, cache) for tokens in (40.0, 80.0))
-        rounds.append({"turbo4": [{"depth": 96, **speed._metrics(own, base, 100)}]})
+        rounds.append({"turbo4": [{"depth": 96, **speed.metrics_of(own, base, 100)}]})
     ((found, _),) = Speed.summarize(rows_of(rounds))
     ((cell,),) = found.values()
     assert cell["decode_ratio"] == {"median": 2, "low": 2, "high": 2}
@@ -245,7 +245,7 @@ def test_ratios_are_formed_within_a_round():
 
 def test_a_round_without_f16_gives_speeds_but_no_ratio():
     sample = llamabench.Sample(200.0, 40.0, cachefacts.CacheFacts(F16, ((100, 1e8),)))
-    ((found, _),) = Speed.summarize(rows_of([{"turbo4": [{"depth": 0, **speed._metrics(sample, None, 16)}]}]))
+    ((found, _),) = Speed.summarize(rows_of([{"turbo4": [{"depth": 0, **speed.metrics_of(sample, None, 16)}]}]))
     ((cell,),) = found.values()
     assert cell["decode_ratio"] is None and cell["decode_speed"]["median"] == 40
 

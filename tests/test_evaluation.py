@@ -169,7 +169,7 @@ def test_server_that_dies_over_a_document(tiny, parallel):
                 running.url,
                 chat=False,
                 parallel=parallel,
-                on_answer=lambda: running._process.send_signal(signal.SIGKILL),
+                on_answer=lambda: running.process.send_signal(signal.SIGKILL),
             )
         assert "was ended by SIGKILL" in str(running.failure())
 

@@ -29,7 +29,7 @@ from turboquant_gguf.llamacpp.cachetypes import CacheTypes
 from turboquant_gguf.measure.sweep import measure
 from turboquant_gguf.report import plots
 from turboquant_gguf.report.contents import Section
-from turboquant_gguf.report.tables import _table_of_maps
+from turboquant_gguf.report.tables import table_of_maps
 
 COMMAND = (sys.executable, "-m", "turboquant_gguf.cli", "niah")
 NARROW = {"COLUMNS": "80", "NO_COLOR": "1"}
@@ -398,7 +398,7 @@ def shown(table: tables.Table) -> list[str]:
     return captured.get().splitlines()
 
 
-@pytest.mark.parametrize("part", [Retrieval.table, lambda finding: _table_of_maps(Retrieval.maps(finding))])
+@pytest.mark.parametrize("part", [Retrieval.table, lambda finding: table_of_maps(Retrieval.maps(finding))])
 def test_print_fits_80_columns(part):
     table = part(wide())
     lines = shown(table)

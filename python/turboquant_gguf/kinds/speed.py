@@ -175,7 +175,8 @@ class Speed(Kind):
                 base = samples.get(subjects[0])
                 for pair in types:
                     if pair in samples:
-                        values[pair].append({"depth": depth, **_metrics(samples[pair], base, depth + self.decode / 2)})
+                        metrics = metrics_of(samples[pair], base, depth + self.decode / 2)
+                        values[pair].append({"depth": depth, **metrics})
             for pair, found in values.items():
                 if found:
                     yield Row(pair, json.dumps(found).encode(), number)
@@ -254,7 +255,7 @@ class Speed(Kind):
                         yield types, {"depth": cell["depth"], "metric": metric} | value
 
 
-def _metrics(sample: Any, base: Any, tokens: float) -> dict[str, float | None]:
+def metrics_of(sample: Any, base: Any, tokens: float) -> dict[str, float | None]:
     """METRICS of a llamabench.Sample. base: that of f16, None without. tokens: in the cache, on average."""
     found: dict[str, float | None] = {}
     for kind in ("prefill", "decode"):

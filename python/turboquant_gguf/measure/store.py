@@ -59,11 +59,11 @@ CREATE UNIQUE INDEX IF NOT EXISTS by_settings ON measurement
     (kind, settings, json_extract(model, '$.fingerprint'), type_k, type_v, part, machine);
 """
 
-_WAIT_SECONDS = 60  # for another process to let go of the file
+WAIT_SECONDS = 60  # for another process to let go of the file
 POLL_SECONDS = 1
-_ALIVE_SECONDS = 15
-_DEAD_SECONDS = 120
-"""Whoever claimed something says every _ALIVE_SECONDS that it is alive, and is taken for dead after _DEAD_SECONDS."""
+ALIVE_SECONDS = 15
+DEAD_SECONDS = 120
+"""Whoever claimed something says every ALIVE_SECONDS that it is alive, and is taken for dead after DEAD_SECONDS."""
 
 # What SQLite reports, by its primary result code, and what the user can do.
 _ADVICE = {
@@ -122,7 +122,7 @@ class Store:
 
     def _connect(self, mode: str) -> sqlite3.Connection:
         address = f"{self.path.absolute().as_uri()}?mode={mode}"
-        return sqlite3.connect(address, _WAIT_SECONDS, isolation_level=None, uri=True)
+        return sqlite3.connect(address, WAIT_SECONDS, isolation_level=None, uri=True)
 
     def _prepare(self, read_only: bool) -> None:
         version = self._db.execute("PRAGMA user_version").fetchone()[0]
@@ -272,7 +272,7 @@ class Store:
 
     def _beat(self) -> None:
         """Say that we are alive, until the file is closed."""
-        while not self._closed.wait(_ALIVE_SECONDS):
+        while not self._closed.wait(ALIVE_SECONDS):
             with suppress(sqlite3.Error), closing(self._connect("rw")) as db:
                 db.execute("UPDATE claim SET seen = ? WHERE owner = ?", (time.time(), self._owner))
 
@@ -282,7 +282,7 @@ def _work(kind: str, model: Mapping[str, Any], settings: Mapping[str, Any]) -> s
 
 
 def _is_alive(host: str, process: int, seen: float) -> bool:
-    if time.time() - seen > _DEAD_SECONDS:
+    if time.time() - seen > DEAD_SECONDS:
         return False
     if host != socket.gethostname():
         return True
