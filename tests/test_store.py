@@ -181,17 +181,14 @@ def test_whoever_claims_says_that_it_is_alive(path, monkeypatch):
         assert there.claim(*WORK)
 
 
-def test_claimed_waits(path, monkeypatch):
-    monkeypatch.setattr(library, "POLL_SECONDS", 0.01)
-    waits = []
+def test_a_claim_can_be_waited_for(path):
+    waits = 0
     with Store(path) as here, Store(path) as there:
         here.claim(*WORK)
-
-        def wait(other: str) -> None:
-            waits.append(other)
-            if len(waits) == 3:
+        while there.claim(*WORK):
+            waits += 1
+            if waits == 3:
                 here.release(*WORK)
-
-        with there.claimed(*WORK, wait):
-            assert here.claim(*WORK)
-        assert len(waits) == 3 and here.claim(*WORK) == ""
+        assert waits == 3 and here.claim(*WORK)
+        there.release(*WORK)
+        assert here.claim(*WORK) == ""

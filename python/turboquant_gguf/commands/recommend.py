@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
@@ -36,7 +37,11 @@ Examples:
     help="What weights, cache and buffers may take together: 8GiB, 500MB or bytes.",
 )
 @click.option("--context", type=click.IntRange(min=1), required=True, help="Tokens of context that must fit.")
-@click.option("--types", help="Cache types to choose from, separated by commas [default: all that have a prediction]")
+@click.option(
+    "--types",
+    callback=lambda _context, _parameter, text: text.split(",") if text else (),
+    help="Cache types to choose from, separated by commas [default: all that have a prediction]",
+)
 @click.option(
     "--results",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
@@ -47,34 +52,19 @@ Examples:
 @options.window
 @options.json("all of it")
 @click.pass_context
-def recommend(
-    context_: click.Context,
-    model: Path,
-    memory: int,
-    context: int,
-    types: str | None,
-    results: tuple[Path, ...],
-    as_json: bool,
-) -> None:
+def recommend(click_context: click.Context, /, model: Path, as_json: bool, **settings: Any) -> None:
     """Choose the cache types that lose least among those with which MODEL (a GGUF) fits in memory.
 
     llama.cpp says what weights, cache and buffers take, for one sequence on the CPU, without loading them. What types
     lose comes from measurements of this model (`turboquant-gguf ppl` keeps them), or else from those of a small
     reference model. Prints the llama-server command to run.
     """
-    found = library.recommend(
-        model,
-        memory=memory,
-        context=context,
-        types=types.split(",") if types else (),
-        results=results,
-        console=Console(stderr=as_json),
-    )
+    found = library.recommend(model, **settings, console=Console(stderr=as_json))
     if as_json:
         click.echo(json.dumps(asdict(found), indent=2))
     else:
         _show(found)
-    context_.exit(0 if found.best else 1)
+    click_context.exit(0 if found.best else 1)
 
 
 def _show(found: library.Recommendation) -> None:

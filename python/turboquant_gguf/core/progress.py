@@ -24,8 +24,7 @@ PLAIN_SECONDS = 20
 
 STEPS = (MofNCompleteColumn(), TimeRemainingColumn())
 BYTES = (DownloadColumn(), TimeRemainingColumn())
-LEFT = (TextColumn("{task.fields[left]} left"), TimeRemainingColumn())
-"""What stands behind the bar. LEFT: for totals that are no steps; tasks have a field `left`, how many steps are."""
+"""What stands behind the bar."""
 
 _DAY = 24 * 3600
 

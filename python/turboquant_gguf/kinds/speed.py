@@ -74,30 +74,18 @@ class Speed(Kind):
             sweep=True,
             sweep_default="0,4096",
             default="0,4096,16384",
-            show_default=True,
             callback=callbacks.numbers(least=0),
             help="Tokens already in the cache, separated by commas.",
         ),
+        option("--prefill", type=click.IntRange(min=0), default=512, help="Prompt tokens to measure; 0 leaves it out."),
         option(
-            "--prefill",
-            type=click.IntRange(min=0),
-            default=512,
-            show_default=True,
-            help="Prompt tokens to measure; 0 leaves it out.",
-        ),
-        option(
-            "--decode",
-            type=click.IntRange(min=0),
-            default=32,
-            show_default=True,
-            help="Tokens to generate one by one; 0 leaves it out.",
+            "--decode", type=click.IntRange(min=0), default=32, help="Tokens to generate one by one; 0 leaves it out."
         ),
         option(
             "--repetitions",
             sweep=True,
             type=click.IntRange(min=1),
             default=3,
-            show_default=True,
             help="Rounds; each measures everything once.",
         ),
         option(

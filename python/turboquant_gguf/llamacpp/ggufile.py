@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import re
 import shutil
@@ -11,11 +12,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..core.owner import Owner
 from ..errors import TurboquantError
 from . import ggml, toolerrors
 
@@ -36,13 +38,10 @@ class Tensor:
     @property
     def elements(self) -> int:
         """How many values it has."""
-        count = 1
-        for length in self.shape:
-            count *= length
-        return count
+        return math.prod(self.shape)
 
 
-class GGUFFile:
+class GGUFFile(Owner):
     """An open GGUF file. A context manager: it owns memory that arrays of the metadata refer to.
 
     metadata: key -> number, bool, str, or Array. tensors: in the file's order.
@@ -64,12 +63,9 @@ class GGUFFile:
             self.tensors = tuple(self._read_tensors())
             self._owned = owned.pop_all()
 
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(self, *_: object) -> None:
         self._context = None
-        self._owned.close()
+        super().__exit__()
 
     def ask(self, function: str, *arguments: Any) -> Any:
         """What ggml's `function` says of this file. Raises ValueError once it is closed."""
@@ -159,7 +155,7 @@ class Array(Sequence):
         return f"<{len(self)} x {self.type}>"
 
 
-class GGUFModel:
+class GGUFModel(Owner):
     """All files of a model: one, or the parts that llama-gguf-split makes. A context manager.
 
     path: any of its files. paths: all of them, in order. metadata: of the first. tensors: of all. size: bytes of all
@@ -178,12 +174,6 @@ class GGUFModel:
                 if len(files) > 1 and file.metadata.get("split.no") != number:
                     raise TurboquantError(f"{file.path} is not part {number + 1} of its model. Download it again.")
             self._owned = owned.pop_all()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._owned.close()
 
 
 def _parts(path: Path, metadata: Mapping[str, Any]) -> tuple[Path, ...]:

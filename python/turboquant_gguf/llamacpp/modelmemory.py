@@ -10,10 +10,10 @@ import ctypes
 import os
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
-from typing import Self
 
+from ..core.owner import Owner
 from ..errors import TurboquantError
 from . import ggml, toolerrors
 from .cachetypes import F16, CacheTypes
@@ -110,10 +110,10 @@ class _Contents:
     other: int
 
     def size(self, types: CacheTypes) -> int:
-        return _bytes_of(self.k, types.k) + _bytes_of(self.v, types.v) + self.other
+        return int(self.k * ggml.bits(types.k) / 8) + int(self.v * ggml.bits(types.v) / 8) + self.other
 
 
-class ModelMemory:
+class ModelMemory(Owner):
     """A model in a GGUF file, opened to ask what memory it takes. A context manager.
 
     All sizes are for one sequence, with flash attention, on the CPU back end. path: of split files the first.
@@ -130,12 +130,6 @@ class ModelMemory:
                 raise _refused("llama.cpp cannot load this model")
             owned.callback(ggml.function("turbo_memory_close"), self._memory)
             self._owned = owned.pop_all()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._owned.close()
 
     @cached_property
     def layers(self) -> tuple[Layer, ...]:
@@ -262,15 +256,3 @@ class ModelMemory:
 def _refused(what: str) -> RefusedError:
     log = ggml.function("turbo_memory_errors")().decode(errors="replace")
     return RefusedError(toolerrors.advice(log) or f"{what}: {toolerrors.cause(log)}.")
-
-
-@cache
-def _block(type: str) -> tuple[int, int]:
-    """How many values a block of the type has, and its bytes."""
-    number = ggml.type_number(type)
-    return ggml.function("ggml_blck_size")(number), ggml.function("ggml_type_size")(number)
-
-
-def _bytes_of(values: int, type: str) -> int:
-    block, size = _block(type)
-    return values * size // block

@@ -5,7 +5,6 @@ The list of models is models/manifest.toml (installed as data/manifest.toml of t
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import os
 import shutil
@@ -16,13 +15,13 @@ import zipfile
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from importlib.resources import files
 from pathlib import Path
 
 from rich.console import Console
 
-from ..core import child, outputfile
+from ..core import child, outputfile, texts
 from ..core.folders import cache_folder
+from ..core.messages import nearest
 from ..core.progress import BYTES, bar
 from ..errors import TurboquantError
 from . import toolerrors
@@ -62,7 +61,7 @@ class Model:
 
 def catalogue() -> dict[str, Model]:
     """Every model of the manifest by its name."""
-    manifest = tomllib.loads((files("turboquant_gguf") / "data" / "manifest.toml").read_text("utf-8"))
+    manifest = tomllib.loads(texts.bundled("manifest.toml"))
     return {name: Model(name=name, **entry) for name, entry in manifest["models"].items()}
 
 
@@ -96,16 +95,13 @@ def fetch_with_bar(name: str, console: Console) -> Path:
     """models.fetch with a progress bar, which shows only if there is something to fetch."""
     with bar(console, BYTES) as shown:
         task = shown.add_task(f"fetching {catalogue()[name].title}", total=None, visible=False)
-        return fetch(
-            name, progress=lambda done, total: shown.update(task, completed=done, total=total, visible=True)
-        )
+        return fetch(name, progress=lambda done, total: shown.update(task, completed=done, total=total, visible=True))
 
 
 def _by_name(name: str) -> Model:
     known = catalogue()
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}."
+        hint = nearest(name, known, f"known are {', '.join(known)}.")
         raise TurboquantError(f"There is no model named {name!r}: {hint}")
     return known[name]
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
 from textwrap import shorten
@@ -15,6 +15,7 @@ from ..core import progress, tables
 from ..core.tables import Table
 from ..core.units import MIB
 from ..llamacpp import perplexity, server
+from ..llamacpp.cachefacts import CacheFacts
 from ..llamacpp.cachetypes import CacheTypes
 from ..llamacpp.models import DEFAULT_MODEL, fetch_with_bar
 from ..llamacpp.toolerrors import check_model_file
@@ -61,27 +62,22 @@ def demo(
     path = model or fetch_with_bar(DEFAULT_MODEL, console)
     check_model_file(path)
     console.print(f"[bold]{escape(path.name)}[/] is asked: [italic]{escape(shorten(prompt, 200))}[/]")
-    return [_measure(path, pair, prompt, context, max_tokens, threads, port, console) for pair in pairs]
+    found = []
+    for pair in pairs:
+        console.rule(f"[bold]{pair}[/]", align="left")
+        place = {"context": context, "port": port, "threads": threads, "extra_args": ("--parallel", "1")}
+        with server.running(path, pair, **place) as running:
+            live = _WrappedText(console)
+            answer = running.ask(prompt, max_tokens=max_tokens, on_text=live.write)
+            live.end()
+        quality = _perplexity_with_bar(path, pair, threads, console)
+        found.append(_measurement(pair, running.facts, answer, quality))
+    return found
 
 
-def _measure(
-    model: Path,
-    types: CacheTypes,
-    prompt: str,
-    context: int,
-    max_tokens: int,
-    threads: int | None,
-    port: int,
-    console: Console,
+def _measurement(
+    types: CacheTypes, facts: CacheFacts, answer: server.Answer, quality: perplexity.Perplexity
 ) -> Measurement:
-    console.rule(f"[bold]{types}[/]", align="left")
-    place = {"port": port, "threads": threads, "extra_args": ("--parallel", "1")}
-    with server.running(model, types, context=context, **place) as running:
-        live = _WrappedText(console)
-        answer = running.ask(prompt, max_tokens=max_tokens, on_text=live.write)
-        live.end()
-        facts = running.facts
-    quality = _perplexity_with_bar(model, types, threads, console)
     return Measurement(
         types=str(types),
         type_k=types.k,
@@ -170,11 +166,6 @@ def table(measurements: Sequence[Measurement]) -> Table:
         for m in measurements
     ]
     return Table("Cache types", columns, {"": rows})
-
-
-def as_json(measurements: Iterable[Measurement]) -> list[dict]:
-    """The measurements as plain values, field by field."""
-    return [asdict(m) for m in measurements]
 
 
 def _three_digits(count: int) -> str:

@@ -82,9 +82,7 @@ def _tokenizer(report: Report) -> str:
 
 def tensors(report: Report) -> RenderableType:
     """The types of the tensors."""
-    rows = [
-        [group.type, str(group.tensors), size_text(group.bytes), f"{group.share:.1%}"] for group in report.tensors
-    ]
+    rows = [[group.type, str(group.tensors), size_text(group.bytes), f"{group.share:.1%}"] for group in report.tensors]
     return _shown(tables.columns("tensor type", "tensors", "size", "share"), rows)
 
 
@@ -108,9 +106,7 @@ def caches(report: Report) -> Group:
 
 def _matrix(found: Caches, cell: Callable[[Pair], str]) -> RenderableType:
     pairs = {(pair.type_k, pair.type_v): pair for pair in found.pairs}
-    rows = [
-        [k, *("-" if pairs[k, v].refusal else cell(pairs[k, v]) for v in found.types)] for k in found.types
-    ]
+    rows = [[k, *("-" if pairs[k, v].refusal else cell(pairs[k, v]) for v in found.types)] for k in found.types]
     return _shown([Column("", words=True, style="bold"), *map(Column, found.types)], rows)
 
 

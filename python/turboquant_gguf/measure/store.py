@@ -14,7 +14,7 @@ import sqlite3
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -169,8 +169,8 @@ class Store:
         machine: Mapping[str, Any] | None = None,
     ) -> None:
         """Add a measurement made now, on this machine unless another is given."""
-        row = (kind, _text(model), types.k, types.v, _text(settings), part, value)
-        where = _text(provenance.machine() if machine is None else machine)
+        row = (kind, text_of(model), types.k, types.v, text_of(settings), part, value)
+        where = text_of(provenance.machine() if machine is None else machine)
         with self.reading():
             self._db.execute(
                 "INSERT OR REPLACE INTO measurement (kind, model, type_k, type_v, settings, part, value, machine, time)"
@@ -195,7 +195,7 @@ class Store:
                 "SELECT type_k, type_v, part, value FROM measurement "
                 "WHERE kind = ? AND json_extract(model, '$.fingerprint') = ? AND settings = ? "
                 "AND machine = ifnull(?, machine) ORDER BY id",
-                (kind, model["fingerprint"], _text(settings), machine and _text(machine)),
+                (kind, model["fingerprint"], text_of(settings), machine and text_of(machine)),
             )
             return {(CacheTypes(k, v), part): value for k, v, part, value in rows}
 
@@ -224,22 +224,6 @@ class Store:
     #
     # claims
     #
-
-    @contextmanager
-    def claimed(
-        self, kind: str, model: Mapping[str, Any], settings: Mapping[str, Any], on_wait: Callable[[str], object]
-    ) -> Iterator[None]:
-        """Keeps other processes from measuring this inside the block, which begins once none of them does.
-
-        on_wait: called again and again while we wait, with who measures it.
-        """
-        while other := self.claim(kind, model, settings):
-            on_wait(other)
-            time.sleep(POLL_SECONDS)
-        try:
-            yield
-        finally:
-            self.release(kind, model, settings)
 
     def claim(self, kind: str, model: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
         """Claim these measurements until `release`. Returns who has them, such as "process 12 on box"; empty: we do.
@@ -278,7 +262,7 @@ class Store:
 
 
 def _work(kind: str, model: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
-    return _text({"kind": kind, "fingerprint": model["fingerprint"], "settings": settings})
+    return text_of({"kind": kind, "fingerprint": model["fingerprint"], "settings": settings})
 
 
 def _is_alive(host: str, process: int, seen: float) -> bool:
@@ -300,5 +284,6 @@ def _known(type: str) -> str:
     return type
 
 
-def _text(facts: Mapping[str, Any]) -> str:
+def text_of(facts: Any) -> str:
+    """Plain values as JSON, the same text for the same facts: what the file has, and compares."""
     return json.dumps(facts, sort_keys=True, separators=(",", ":"))

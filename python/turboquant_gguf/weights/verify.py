@@ -131,9 +131,7 @@ def compare(a: NDArray[np.float32], b: NDArray[np.float32]) -> Comparison:
     )
 
 
-def run_gguf(
-    path: Path, prompt: Sequence[int], types: CacheTypes, threads: int | None = None
-) -> NDArray[np.float32]:
+def run_gguf(path: Path, prompt: Sequence[int], types: CacheTypes, threads: int | None = None) -> NDArray[np.float32]:
     """Logits of a GGUF by libllama, with a KV cache of `types`: float32 (tokens, vocabulary)."""
     with Model(path) as model, model.open(len(prompt), types, threads=threads) as context:
         return context.logits(prompt)
