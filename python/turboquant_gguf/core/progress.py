@@ -63,7 +63,7 @@ def bar(console: Console, columns: tuple[ProgressColumn, ...] = STEPS) -> Iterat
 
 @contextmanager
 def status(console: Console, text: str) -> Iterator[None]:
-    """The same for work of which nobody knows how far it has come. text: what it is."""
+    """A bar that shows the time alone, for work of which nobody knows how far it has come. text: what it is."""
     with bar(console, (TimeElapsedColumn(),)) as shown:
         shown.add_task(text, total=None)
         yield

@@ -63,6 +63,10 @@ class HeatMap:
     shares: dict[float, list[float | None]]
 
 
+Cells = tuple[Column, list[str]]
+"""A column, and its cells from all groups."""
+
+
 @dataclass(frozen=True)
 class Shown:
     """A table as rich prints it on a terminal, without details: the headings, then each group under its name.
@@ -119,10 +123,6 @@ class Shown:
         return made
 
 
-Cells = tuple[Column, list[str]]
-"""A column and what is in it."""
-
-
 def _width(column: Cells) -> int:
     heading, cells = column
     return max(map(cell_len, [*heading.heading.split("\n"), *cells]))
@@ -168,7 +168,7 @@ def with_error(value: float, error: float | None, sign: str = "") -> str:
 
 
 def short(value: float) -> str:
-    """Three digits, without an exponent."""
+    """A number with three digits, without an exponent."""
     if not value or not math.isfinite(value):
         return f"{value:g}"
     return f"{value:.{min(max(0, 2 - math.floor(math.log10(abs(value)))), _MOST_DECIMALS)}f}"

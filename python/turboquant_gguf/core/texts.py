@@ -27,7 +27,7 @@ class Text:
 
     @property
     def sha256(self) -> str:
-        """Of its UTF-8 bytes, in hex digits."""
+        """SHA-256 of its UTF-8 bytes, in hex digits."""
         return hashlib.sha256(self.content.encode()).hexdigest()
 
 

@@ -158,7 +158,7 @@ class Retrieval(Kind):
             metavar="FILE",
             help="The haystack [default: generated sentences]",
         ),
-        option("--seed", type=int, default=0, help="Of the needles and the generated sentences."),
+        option("--seed", type=int, default=0, help="Seed of the needles and of the generated sentences."),
     )
 
     length: int

@@ -214,7 +214,7 @@ def captured_log() -> Iterator[list[str]]:
 
 
 def pointer(array: NDArray) -> c_void_p:
-    """Where the elements of a contiguous array begin."""
+    """The address of the first element of a contiguous array, for C."""
     assert array.flags.c_contiguous
     return array.ctypes.data_as(c_void_p)
 

@@ -25,7 +25,7 @@ STEP = 256
 """llama.cpp makes every context a multiple of this many tokens."""
 
 MOST_TOKENS = (1 << 31) - STEP
-"""Where counting ends: llama.cpp's lengths are ints."""
+"""The longest context that is counted: llama.cpp's lengths are ints."""
 
 # Where memory may begin to grow linearly: past the sliding window, and past what a batch needs in any case. Whether it
 # does is seen between there and _FAR times as far.
@@ -90,7 +90,8 @@ class Layer:
     """The attention of a layer.
 
     heads, kv_heads: of queries, and of keys and values; 0 where there is no attention. head_size_k, head_size_v: values
-    in a key and in a value. window: tokens it sees, 0 for all. shares: it reads another layer's keys and values.
+    in a key and in a value. window: tokens of its sliding window, 0 without. shares: it reads another layer's keys and
+    values.
     """
 
     heads: int
@@ -110,6 +111,7 @@ class _Contents:
     other: int
 
     def size(self, types: CacheTypes) -> int:
+        """Bytes of a cache of these types with these contents."""
         return int(self.k * ggml.bits(types.k) / 8) + int(self.v * ggml.bits(types.v) / 8) + self.other
 
 
@@ -231,8 +233,8 @@ class ModelMemory(Owner):
         """
         like = CacheTypes(self._stand_in("k", types.k), self._stand_in("v", types.v))
         measured, contents = self.measure(like, context), self._contents_of(context)
-        window = measured.cache - contents.size(like)
-        return Size(measured.weights, contents.size(types) + window, measured.compute)
+        recent_window = measured.cache - contents.size(like)
+        return Size(measured.weights, contents.size(types) + recent_window, measured.compute)
 
     def _stand_in(self, side: str, type: str) -> str:
         """The type that stands for `type` where only its kind matters: the first of it that was asked for."""

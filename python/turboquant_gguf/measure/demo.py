@@ -102,6 +102,7 @@ class _WrappedText:
         self._word = ""
 
     def write(self, text: str) -> None:
+        """Print what comes next, but for the last word, which may go on."""
         for character in text:
             if not character.isspace():
                 self._word += character
@@ -113,6 +114,7 @@ class _WrappedText:
                 self._gap += character
 
     def end(self) -> None:
+        """Print the last word, and an empty line."""
         self._flush()
         self._break()
         self._break()

@@ -11,12 +11,12 @@ from .store import Measurement, Store, text_of
 
 
 def of_kind(store: Store, kind: type[Kind]) -> list[Finding]:
-    """What there is of a kind, the oldest first. A kind that wants a machine for itself is apart for each machine."""
+    """Findings of a kind, the oldest first; of a kind that wants a machine for itself, apart for each machine."""
     return _of_rows(kind, store.all(kind.name))
 
 
 def of_work(store: Store, done: Sequence[Kind]) -> list[Finding]:
-    """What there is of pieces of work, each of the same kind."""
+    """Findings from the rows of these pieces of work, all of one kind."""
     if not done:
         return []
     kind = type(done[0])

@@ -34,10 +34,10 @@ _TIMES_WINDOW = 4  # in a context of that many recent windows, most of what is r
 class Candidate:
     """Cache types that llama.cpp takes for the model.
 
-    bits: a value. size: bytes of weights, cache and buffers at the context asked for; fits: in the memory asked for.
-    longest_context: tokens that fit. measured: KL divergence from f16 (nats a token) of this model, None if it was not
-    measured. predicted: that of the reference model, times how much more or less than it this model loses with the
-    types that were measured.
+    bits: of storage for a value. size: bytes of weights, cache and buffers at the context asked for. fits: whether that
+    is at most the memory asked for. longest_context: tokens that fit. measured: KL divergence from f16 (nats a token)
+    of this model, None if it was not measured. predicted: that of the reference model, times how much more or less than
+    it this model loses with the types that were measured.
     """
 
     types: str
@@ -50,7 +50,7 @@ class Candidate:
 
     @property
     def loss(self) -> float:
-        """As measured, or else as predicted."""
+        """KL divergence from f16 in nats a token: measured, or else predicted."""
         return self.predicted if self.measured is None else self.measured
 
 
@@ -109,7 +109,7 @@ class Reference:
 
 @cache
 def reference(calibrated: bool) -> Reference:
-    """Of the reference model as it is, or with calibrated keys; written by tools/quality_table.py."""
+    """The losses of the reference model, as it is or with calibrated keys; tools/quality_table.py measures them."""
     table = json.loads(texts.bundled("reference.json"))
     return Reference(table["model"], table["text"], table["calibrated" if calibrated else "as it is"])
 

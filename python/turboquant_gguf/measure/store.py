@@ -35,7 +35,7 @@ CREATE TABLE IF NOT EXISTS measurement (
     type_k   TEXT    NOT NULL,
     type_v   TEXT    NOT NULL,
     settings TEXT    NOT NULL, -- JSON: what the result depends on
-    part     INTEGER NOT NULL, -- of a measurement that is made piece by piece, such as a window of a text
+    part     INTEGER NOT NULL, -- of a measurement that is made piece by piece, such as a chunk of a text
     value    BLOB    NOT NULL, -- what came out; its form is the kind's own
     machine  TEXT    NOT NULL, -- JSON
     time     TEXT    NOT NULL  -- UTC, ISO 8601

@@ -29,7 +29,7 @@ class Part:
 
     @property
     def title(self) -> str:
-        """The heading."""
+        """The heading of the part."""
         return self.finding.kind.title
 
     @property

@@ -1,4 +1,4 @@
-"""Whether two files hold the same model: the same tokens through both, and how far their logits lie apart."""
+"""Comparison of two models: the same tokens go through both, and their logits are compared."""
 
 from __future__ import annotations
 
