@@ -40,7 +40,8 @@ def _for_this_processor(flags: list[str]) -> list[str]:
         return flags
     emulated = [flag for flag in flags if flag.startswith(("-mavx512", "-mavxvnni"))]
     if not SIMDE.exists() or not set(absent) <= set(emulated):
-        pytest.skip(f"this processor has no {', '.join(names[flag] for flag in absent)} (to emulate it: {DEBIAN_PACKAGES})")
+        missing = ", ".join(names[flag] for flag in absent)
+        pytest.skip(f"this processor has no {missing} (to emulate it: {DEBIAN_PACKAGES})")
     macros = [f"-D__{flag.removeprefix('-m').upper()}__" for flag in emulated]
     # included first of all: ggml includes it where it must be C
     header = [f"-I{EMULATED}", "-include", str(EMULATED / "immintrin.h"), "-w", "-Wno-psabi"]
@@ -48,7 +49,10 @@ def _for_this_processor(flags: list[str]) -> list[str]:
 
 
 def compile(build: str, output: Path, sources: list[Path], *flags: str) -> list[str]:
-    """Compiles for `build`; C++ if one of the sources is. Returns the command that runs it. Skips the test if it cannot."""
+    """Compile for `build`, as C++ if one of the sources is, and return the command that runs it.
+
+    Skips the test where that cannot be done.
+    """
     machine, machine_flags, _ = BUILDS[build]
     cxx = any(source.suffix == ".cpp" for source in sources)
     compilers, runner = ["cc", "c++"], []

@@ -40,7 +40,9 @@ def values(rng: np.random.Generator, kind: str, *shape: int) -> np.ndarray:
     return x
 
 
-def mask_of(rng: np.random.Generator, kind: str, sequences: int, heads: int, queries: int, keys: int) -> np.ndarray | None:
+def mask_of(
+    rng: np.random.Generator, kind: str, sequences: int, heads: int, queries: int, keys: int
+) -> np.ndarray | None:
     query, key = np.arange(queries)[:, None] + keys - queries, np.arange(keys)
     if kind == "none":
         return None
@@ -173,11 +175,14 @@ def problems_with_window(draw, stock: tuple[str, ...] = ("f16", "q8_0")) -> Prob
     keys, kv_heads = problem.k.shape[1:3]
     rng = np.random.default_rng(draw(st.integers(0, 1 << 32)))
     slots, tokens = draw(st.sampled_from([1, 37, 64, 150])), draw(st.sampled_from([1, 2, 8, 70]))
-    mask = np.where(rng.random((sequences, 1, queries, slots + tokens)) < draw(st.sampled_from([0.0, 0.1, 0.9])), 0, -np.inf)
+    share = draw(st.sampled_from([0.0, 0.1, 0.9]))
+    mask = np.where(rng.random((sequences, 1, queries, slots + tokens)) < share, 0, -np.inf)
     parts = ((kind, count, size) for kind, count in ((np.float16, slots), (np.float32, tokens))
              for size in (size_k, problem.size_v))
-    arrays = [values(rng, draw(st.sampled_from(["gaussian", "large channel", "zeros"])), sequences, count, kv_heads, size).astype(kind)
-              for kind, count, size in parts]
+    shapes = st.sampled_from(["gaussian", "large channel", "zeros"])
+    arrays = [
+        values(rng, draw(shapes), sequences, count, kv_heads, size).astype(kind) for kind, count, size in parts
+    ]
     columns = np.where(rng.random((sequences, keys)) < 0.2, rng.integers(0, slots + tokens, (sequences, keys)), -1)
     window = Window(*arrays, mask=mask.astype(np.float16), columns=columns.astype(np.int32))
     cache = problem.mask if problem.mask is not None else np.zeros((1, 1, queries, keys), np.float16)
@@ -194,7 +199,8 @@ def without_window(problem: Problem) -> Problem:
     v = [attention_numpy.decode(problem.v, problem.type_v), window.ring_v.astype(np.float32), window.new_v]
     seen = np.take_along_axis(window.mask, np.maximum(window.columns, 0)[:, None, None], -1) != -np.inf
     cache = np.where(seen & (window.columns >= 0)[:, None, None], -np.inf, problem.mask)
-    masks = [np.broadcast_to(mask, (problem.q.shape[0], problem.mask.shape[1], *mask.shape[2:])) for mask in (cache, window.mask)]
+    sequences, heads = problem.q.shape[0], problem.mask.shape[1]
+    masks = [np.broadcast_to(mask, (sequences, heads, *mask.shape[2:])) for mask in (cache, window.mask)]
     return replace(
         problem,
         q=np.concatenate([rounded, problem.q], -1).astype(np.float32),
@@ -244,7 +250,8 @@ def grafted(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def as_input(problem: Problem) -> bytes:
     """What attention_simd.cpp reads."""
     window = problem.window
-    mask = np.zeros((0, 0, *problem.q.shape[2:3], problem.k.shape[1]), np.float16) if problem.mask is None else problem.mask
+    none = np.zeros((0, 0, problem.q.shape[2], problem.k.shape[1]), np.float16)
+    mask = none if problem.mask is None else problem.mask
     sequences, heads, queries, size_k = problem.q.shape
     keys, kv_heads = problem.k.shape[1:3]
     numbers = struct.pack(

@@ -234,7 +234,7 @@ def test_ratios_are_formed_within_a_round():
     rounds = []
     for factor in drift:
         base, own = (llamabench.Sample(200 * factor, tokens * factor, cache) for tokens in (40.0, 80.0))
-        rounds.append({"turbo4": [{"depth": 96, **speed._metrics(own, base, 100)}]})
+        rounds.append({"turbo4": [{"depth": 96, **speed.metrics_of(own, base, 100)}]})
     ((found, _),) = Speed.summarize(rows_of(rounds))
     ((cell,),) = found.values()
     assert cell["decode_ratio"] == {"median": 2, "low": 2, "high": 2}
@@ -245,14 +245,15 @@ def test_ratios_are_formed_within_a_round():
 
 def test_a_round_without_f16_gives_speeds_but_no_ratio():
     sample = llamabench.Sample(200.0, 40.0, cachefacts.CacheFacts(F16, ((100, 1e8),)))
-    ((found, _),) = Speed.summarize(rows_of([{"turbo4": [{"depth": 0, **speed._metrics(sample, None, 16)}]}]))
+    ((found, _),) = Speed.summarize(rows_of([{"turbo4": [{"depth": 0, **speed.metrics_of(sample, None, 16)}]}]))
     ((cell,),) = found.values()
     assert cell["decode_ratio"] is None and cell["decode_speed"]["median"] == 40
 
 
 def test_rows_of_earlier_versions_are_read():
     """Of all rounds at once, with the median and the range."""
-    old = {"name": "turbo4", "depth": 0} | dict.fromkeys(speed.METRICS) | {"decode_ratio": {"median": 2, "low": 1, "high": 3}}
+    old = {"name": "turbo4", "depth": 0} | dict.fromkeys(speed.METRICS)
+    old["decode_ratio"] = {"median": 2, "low": 1, "high": 3}
     ((found, _),) = Speed.summarize(rows_of([{"turbo4": [old]}]))
     ((cell,),) = found.values()
     assert cell["decode_ratio"] == {"median": 2, "low": 1, "high": 3} and cell["decode_speed"] is None
@@ -263,7 +264,8 @@ def wide() -> Finding:
     metrics = ("prefill_speed", "prefill_ratio", "decode_speed", "decode_ratio", "cache_traffic")
     found = {
         CacheTypes.parse(name): [
-            {"depth": depth} | {metric: speed.spread([1234 * rng.uniform(0.5, 2) for _ in range(3)]) for metric in metrics}
+            {"depth": depth}
+            | {metric: speed.spread([1234 * rng.uniform(0.5, 2) for _ in range(3)]) for metric in metrics}
             for depth in (0, 4096, 131072)
         ]
         for name in Speed.default_types
@@ -275,8 +277,7 @@ def wide() -> Finding:
 def test_table_fits_80_columns():
     console = Console(width=80)
     with console.capture() as captured:
-        for part in tables.grids(Speed.table(wide())):
-            console.print(part)
+        console.print(tables.Shown(Speed.table(wide()), gap=1))
     lines = captured.get().splitlines()
     assert max(map(len, lines)) <= 80
     assert not any("…" in line for line in lines), "a cell was cut"

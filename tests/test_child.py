@@ -123,7 +123,8 @@ def test_kill_leaves_no_program_of_llama_cpp(tmp_path, command):
     with log.open("w") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "turboquant_gguf.cli", *map(str, arguments)],
-            stdout=output, stderr=output, cwd=tmp_path, env={**os.environ, "TMPDIR": str(tmp_path), "TURBOQUANT_CACHE_DIR": str(tmp_path)},
+            stdout=output, stderr=output, cwd=tmp_path,
+            env={**os.environ, "TMPDIR": str(tmp_path), "TURBOQUANT_CACHE_DIR": str(tmp_path)},
         )  # fmt: skip
     tools = {"llama-server", "llama-bench"}
     found: dict[int, str] = {}

@@ -14,6 +14,7 @@ from rich.console import Console
 import turboquant_gguf
 from sequences import window_slots
 from turboquant_gguf import cli
+from turboquant_gguf.core.tables import Shown
 from turboquant_gguf.measure.demo import Measurement, table
 
 COMMAND = (sys.executable, "-m", "turboquant_gguf.cli")
@@ -79,17 +80,31 @@ def test_table_fits_80_columns():
     base = Measurement("f16", "f16", "f16", 131072, 10**12, 123, 1234.5, 12.5, 1.0, "")
     console = Console(width=80)
     with console.capture() as captured:
-        console.print(table([base, widest]))
+        console.print(Shown(table([base, widest])))
     lines = captured.get().splitlines()
     assert max(map(len, lines)) <= 80
     assert len(lines) == 4, "a row was wrapped"
     assert lines[-1].split() == ["turbo4:turbo3", "95367.4", "10.00x", "1.23", "M", "1234.5", "1234.50", "+9776.0%"]
 
 
+def test_columns_that_do_not_fit_stand_below():
+    base = Measurement("f16", "f16", "f16", 131072, 10**12, 123, 1234.5, 12.5, 1.0, "")
+    console = Console(width=60)
+    with console.capture() as captured:
+        console.print(Shown(table([base])))
+    lines = captured.get().splitlines()
+    assert max(map(len, lines)) <= 60
+    assert [line.split() for line in lines if line.startswith("f16")] == [
+        ["f16", "953674.3", "1.00x", "0.123", "k", "1234.5"],
+        ["f16", "12.50", "+0.0%"],
+    ]
+
+
 def test_table_without_f16_compares_with_nothing():
+    one = Measurement("turbo4", "turbo4", "turbo4", 4096, 2**20, 46_600, 9.0, 20.0, 1.0, "")
     console = Console(width=80)
     with console.capture() as captured:
-        console.print(table([Measurement("turbo4", "turbo4", "turbo4", 4096, 2**20, 46_600, 9.0, 20.0, 1.0, "")]))
+        console.print(Shown(table([one])))
     assert captured.get().splitlines()[-1].split() == ["turbo4", "1.0", "-", "46.6", "k", "9.0", "20.00", "-"]
 
 

@@ -169,7 +169,7 @@ def test_server_that_dies_over_a_document(tiny, parallel):
                 running.url,
                 chat=False,
                 parallel=parallel,
-                on_answer=lambda: running._process.send_signal(signal.SIGKILL),
+                on_answer=lambda: running.process.send_signal(signal.SIGKILL),
             )
         assert "was ended by SIGKILL" in str(running.failure())
 
@@ -338,8 +338,7 @@ def test_tables_fit_80_columns():
         finding = Finding(Tasks, {}, {"limit": None}, [], "2026-01-01", values, 1)
         console = Console(width=80)
         with console.capture() as captured:
-            for one in tables.grids(Tasks.table(finding)):
-                console.print(one)
+            console.print(tables.Shown(Tasks.table(finding), gap=1))
         lines = captured.get().splitlines()
         assert max(map(len, lines)) <= 80
         row = {line.split()[0]: line.split() for line in lines if line.strip()}

@@ -100,8 +100,8 @@ def test_a_cache_that_cannot_be_used(file, cache, reads, spoil):
 
 
 def test_progress_of_large_files(file, monkeypatch, capsys):
-    monkeypatch.setattr(filehash, "_SHOWN_BYTES", 1000)
-    monkeypatch.setattr(filehash, "_PIECE", 10_000)
+    monkeypatch.setattr(filehash, "SHOWN_BYTES", 1000)
+    monkeypatch.setattr(filehash, "PIECE_BYTES", 10_000)
     monkeypatch.setattr(progress, "PLAIN_SECONDS", 0.05)
     monkeypatch.setattr(filehash.hashlib, "sha256", Slow)
     filehash.sha256([file], Console(stderr=True))

@@ -18,13 +18,16 @@ INPUTS = {"blocks": 4000, "metadata": 4000, "states": 2000}
 @pytest.mark.parametrize("target", INPUTS)
 def test_hostile_input(target: str, build_folder: Path):  # noqa: F811
     program = build_test(build_folder, "turbo-fuzz")
-    done = subprocess.run([program, target, "--inputs", str(INPUTS[target])], capture_output=True, text=True, timeout=600,
-                          env=os.environ | {"OMP_WAIT_POLICY": "passive"})
+    command = [program, target, "--inputs", str(INPUTS[target])]
+    environment = os.environ | {"OMP_WAIT_POLICY": "passive"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
     assert all(int(count) > 0 for count in re.findall(r"(\d+) (?!inputs)\w", done.stdout)), done.stdout
 
 
-SANITIZED = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1", "-g1", "-ffp-contract=off", "-march=native")
+SANITIZED = (
+    "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1", "-g1", "-ffp-contract=off", "-march=native",
+)  # fmt: skip
 
 
 def sanitized_codec(folder: Path, reference: str) -> subprocess.CompletedProcess:
@@ -33,7 +36,8 @@ def sanitized_codec(folder: Path, reference: str) -> subprocess.CompletedProcess
     program = folder / "codec"
     sources = [folder / "turbo-reference.c", ROOT / "tests" / "codec_simd.c", SOURCE / "cpu" / "turbo-cpu.c"]
     compiler = os.environ.get("CC", "cc").split()
-    command = [*compiler, *SANITIZED, "-DGGML_TURBO_STANDALONE", f"-I{SOURCE}", f"-I{SOURCE}/format", *sources, "-lm", "-o", program]
+    options = [*SANITIZED, "-DGGML_TURBO_STANDALONE", f"-I{SOURCE}", f"-I{SOURCE}/format"]
+    command = [*compiler, *options, *sources, "-lm", "-o", program]
     built = subprocess.run(command, capture_output=True, text=True)
     if "asan" in built.stderr or "unsupported" in built.stderr:
         pytest.skip(f"this compiler has no sanitizers: {built.stderr.splitlines()[-1]}")
@@ -42,7 +46,7 @@ def sanitized_codec(folder: Path, reference: str) -> subprocess.CompletedProcess
 
 
 def test_codec_under_sanitizers(tmp_path: Path):
-    """Any bytes and any floats: no report. With a bound dropped, which reads a byte past the last block, there is one."""
+    """Any bytes and any floats: no report. Without a bound, where a byte past the last block is read, there is one."""
     reference = (SOURCE / "format" / "turbo-reference.c").read_text()
     done = sanitized_codec(tmp_path, reference)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -68,7 +68,8 @@ def test_running_twice_changes_nothing(pristine, tmp_path):
     graft.write(pristine, tmp_path, grafted)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
     graft.write(pristine, tmp_path, grafted)
-    after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file() and path.name != graft.MARKER}
+    files = [path for path in tmp_path.rglob("*") if path.is_file() and path.name != graft.MARKER]
+    after = {path: path.stat().st_mtime_ns for path in files}
     assert len(after) > 1000
     assert after == {path: before[path] for path in after}
     assert "TURBO_TYPES(TURBO_ENUMERATOR)" in (tmp_path / "ggml/include/ggml.h").read_text()
@@ -238,7 +239,8 @@ def fake(tmp_path, monkeypatch):
     package, version = source.PIN["package"], source.PIN["version"]
     hostile = f"open({str(tmp_path / 'ran')!r}, 'w').close()\n"
     write_archive(index / "requirement-1.tar.gz", {"setup.py": hostile})
-    for name, value in {"CONFIG_FILE": os.devnull, "NO_INDEX": "1", "FIND_LINKS": str(index), "NO_CACHE_DIR": "1"}.items():
+    settings = {"CONFIG_FILE": os.devnull, "NO_INDEX": "1", "FIND_LINKS": str(index), "NO_CACHE_DIR": "1"}
+    for name, value in settings.items():
         monkeypatch.setenv(f"PIP_{name}", value)
 
     def make(*lines: str) -> str:

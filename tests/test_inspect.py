@@ -6,6 +6,7 @@ import re
 import struct
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import gguf
@@ -300,7 +301,7 @@ def test_report_of_a_real_model(smollm2):
     report = inspection.inspect(file=smollm2, memory=8 * GIB)
     assert (report.kind, report.architecture, report.layers, report.trained_context) == ("model", "llama", 30, 8192)
     assert report.parameters == 134_515_008
-    assert report.attention == [inspection.AttentionGroup(30, 9, 3, 64, 64, 0, False)]
+    assert report.attention == [inspection.AttentionGroup(9, 3, 64, 64, 0, False, layers=30)]
     assert report.tokenizer == inspection.Tokenizer("gpt2", "smollm", 49152, True)
     assert {group.type: group.tensors for group in report.tensors} == {"q4_1": 210, "q8_0": 1, "f32": 61}
     assert sum(group.bytes for group in report.tensors) == report.weight_bytes < report.file_bytes
@@ -446,7 +447,7 @@ def test_json(smollm2):
     done = run(smollm2, "--memory", "1GiB", "--types", "turbo4,turbo3", "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found == inspection.as_json(inspection.inspect(file=smollm2, memory=GIB, types=("turbo4", "turbo3"))) | {
+    assert found == asdict(inspection.inspect(file=smollm2, memory=GIB, types=("turbo4", "turbo3"))) | {
         "caches": found["caches"]  # tuples became lists
     }
     assert [(pair["type_k"], pair["type_v"]) for pair in found["caches"]["pairs"]] == [

@@ -116,7 +116,8 @@ def test_four_slots_at_once(model: Path):
 
 
 def test_openai_chat(smollm2: Path):
-    body = {"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0, "max_tokens": 8}
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    body = {"messages": messages, "temperature": 0, "max_tokens": 8}
     with server.running(smollm2, CacheTypes.parse("turbo3"), context=512) as running:
         reply = post(running.url, "/v1/chat/completions", body).raise_for_status().json()
     assert reply["choices"][0]["message"]["content"] and reply["usage"]["completion_tokens"] > 0
@@ -168,8 +169,8 @@ def test_context_shift(model: Path):
 
 
 def test_bench(smollm2: Path):
-    output = run("llama-bench", "--model", smollm2, "-ctk", "turbo4", "-ctv", "turbo2", "-fa", "1", "-p", "16", "-n", "4",
-                 "-r", "1", "-o", "json")
+    types = ("-ctk", "turbo4", "-ctv", "turbo2", "-fa", "1")
+    output = run("llama-bench", "--model", smollm2, *types, "-p", "16", "-n", "4", "-r", "1", "-o", "json")
     (prefill, decode) = json.loads(output[output.index("[") :])
     assert prefill["type_k"] == decode["type_k"] == "turbo4"
     assert prefill["type_v"] == decode["type_v"] == "turbo2"
@@ -196,7 +197,11 @@ REFUSED = {  # by what llama.cpp is asked for, with a model of this head size: t
     "flash attention": (64, ("-ctv", "turbo4", "-fa", "0"), {}, "quantized V cache requires flash_attn"),
     "recent window": (64, ("-ctk", "turbo4"), {"TURBO_CACHE_WINDOW": "1e9"}, "1e9"),
 }
-TOOLS = {"llama-server": (), "llama-perplexity": ("--ctx-size", "128"), "llama-bench": ("--n-prompt", "8", "--n-gen", "0")}
+TOOLS = {
+    "llama-server": (),
+    "llama-perplexity": ("--ctx-size", "128"),
+    "llama-bench": ("--n-prompt", "8", "--n-gen", "0"),
+}
 
 
 @pytest.mark.parametrize("tool", TOOLS)

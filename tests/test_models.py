@@ -198,7 +198,7 @@ def test_progress_survives_folders_that_come_and_go(tmp_path: Path):
     thread = threading.Thread(target=churn)
     thread.start()
     try:
-        sizes = {models._folder_bytes(tmp_path) for _ in range(2000)}
+        sizes = {models.folder_bytes(tmp_path) for _ in range(2000)}
     finally:
         done.set()
         thread.join()

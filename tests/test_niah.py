@@ -29,7 +29,7 @@ from turboquant_gguf.llamacpp.cachetypes import CacheTypes
 from turboquant_gguf.measure.sweep import measure
 from turboquant_gguf.report import plots
 from turboquant_gguf.report.contents import Section
-from turboquant_gguf.report.tables import _table_of_maps
+from turboquant_gguf.report.tables import table_of_maps
 
 COMMAND = (sys.executable, "-m", "turboquant_gguf.cli", "niah")
 NARROW = {"COLUMNS": "80", "NO_COLOR": "1"}
@@ -168,8 +168,8 @@ def test_tokens_are_counted_as_the_server_counts_them(name, request):
 def test_smollm2_finds_needles(smollm2, tmp_path):
     plot = tmp_path / "found.png"
     pytest.importorskip("matplotlib")
-    options = ("--types", "turbo4", "--lengths", "512,256", "--depths", "0,100", "--threads", "1", "-o", tmp_path / "r.sqlite")
-    done = run(smollm2, *options, "--plot", plot, "--json")
+    options = ("--types", "turbo4", "--lengths", "512,256", "--depths", "0,100", "--threads", "1")
+    done = run(smollm2, *options, "-o", tmp_path / "r.sqlite", "--plot", plot, "--json")
     assert done.returncode == 0, done.stderr
     (finding,) = json.loads(done.stdout)["findings"]
     assert finding["settings"]["length"] == [256, 512] and finding["machines"][0]["devices"]
@@ -394,16 +394,18 @@ def wide() -> Finding:
 def shown(table: tables.Table) -> list[str]:
     console = Console(width=80)
     with console.capture() as captured:
-        for part in tables.grids(table):
-            console.print(part)
+        console.print(tables.Shown(table, gap=1))
     return captured.get().splitlines()
 
 
-@pytest.mark.parametrize("part", [Retrieval.table, lambda finding: _table_of_maps(Retrieval.maps(finding))])
+@pytest.mark.parametrize("part", [Retrieval.table, lambda finding: table_of_maps(Retrieval.maps(finding))])
 def test_print_fits_80_columns(part):
-    lines = shown(part(wide()))
+    table = part(wide())
+    lines = shown(table)
     assert max(map(len, lines)) <= 80
     assert not any("…" in line for line in lines), "a cell was cut"
+    first = table.columns[0].heading.split("\n")[0]
+    assert sum(line.startswith(first) for line in lines) == 1, "columns did not fit side by side"
 
 
 def test_maps_can_be_read_without_color():

@@ -124,7 +124,7 @@ def test_sizes_without_a_unit(llama, command, size):
 
 @pytest.mark.parametrize("where", ["/proc/self/out.gguf", "/proc/out.gguf"])
 def test_calibrate_finds_out_first_that_it_cannot_write(llama, monkeypatch, where):
-    monkeypatch.setattr("turboquant_gguf.weights.calibration._read", lambda *_: pytest.fail("it began to read"))
+    monkeypatch.setattr("turboquant_gguf.weights.calibration.Model", lambda *_: pytest.fail("it began to read"))
     done = invoke("calibrate", llama, "-o", where)
     assert isinstance(done.exception, TurboquantError)
     assert re.search("out.gguf cannot be written into /proc.*Write it elsewhere", str(done.exception))

@@ -12,6 +12,7 @@ import tiny_model
 from turboquant_gguf import cli
 from turboquant_gguf.core import messages, progress
 
+TASKS = Path(__file__).parent / "tasks"
 LONG = "/a folder/" + "/".join(f"with a long name {number}" for number in range(12)) + "/model.gguf"
 
 
@@ -65,7 +66,7 @@ def test_every_command_has_it(llama, tmp_path, monkeypatch, command):
         "ppl": [llama, "--text", text, "--context", "256", "--types", "f16,q8_0"],
         "sweep": [llama, "--text", text, "--context", "256", "--measure", "quality", "-o", tmp_path / "r.sqlite"],
         "niah": [llama, "--lengths", "300", "--depths", "50", "--types", "f16"],
-        "eval": [llama, "--tasks", "sums_and_letters", "--task-folder", Path(__file__).parent / "tasks", "--limit", "1"],
+        "eval": [llama, "--tasks", "sums_and_letters", "--task-folder", TASKS, "--limit", "1"],
         "bench": [llama, "--depths", "0", "--repetitions", "1", "--types", "f16", "--prefill", "32"],
         "calibrate": [llama, "-o", tmp_path / "out.gguf"],
         "verify": [llama, llama],

@@ -223,7 +223,7 @@ def test_nothing_stale_is_read(calibrated, scenario: Callable[[Sequences], np.nd
 @pytest.mark.parametrize("length", [16, 64])
 @pytest.mark.parametrize("unified", [True, False])
 def test_drafts_that_are_rejected_leave_no_trace(unified, length, tiny):
-    """The ring has room for what is taken back: the window before it is whole. 64 is the most that llama-server drafts."""
+    """The ring has room for what is taken back: the window before it is whole. llama-server drafts up to 64."""
     with Sequences(tiny, TURBO3, window=32, unified=unified, sequences=1) as cache:
         cache.prompt(SMALL_PROMPT[:100])
         expected = cache.answer(SMALL_PROMPT[100:110], 100)
@@ -350,7 +350,8 @@ def test_windows_of_many_sequences_never_outweigh_what_the_cache_saves(tiny):
                 cache.read(*((SMALL_PROMPT[48 + i], 48 + i, sequence) for sequence in range(64))) for i in range(8)
             ])  # fmt: skip
             log = cache.log
-    megabytes = [float(number) for number in re.findall(r"llama_kv_cache: (?:recent.* in f16,|size =) +([\d.]+) MiB", log)]
+    sizes = re.findall(r"llama_kv_cache: (?:recent.* in f16,|size =) +([\d.]+) MiB", log)
+    megabytes = [float(number) for number in sizes]
     channels = 2 * 64 * checkpoints.KV_HEADS  # of keys and values
     assert len(megabytes) == 2
     assert sum(megabytes) * 2**20 <= 64 * 64 * channels * 2 * checkpoints.LAYERS  # an f16 cache

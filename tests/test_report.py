@@ -663,7 +663,7 @@ def test_labels_of_points_do_not_overlap(results):
     figure = Figure(figsize=(plots.WIDTH, plots.HEIGHT), dpi=72, layout="constrained")
     axes = figure.subplots()
     panel.draw(axes, plots.LIGHT)
-    plots._save(figure, results.with_name("labels.svg"), "svg")
+    plots.save(figure, results.with_name("labels.svg"), "svg")
     labels = [text for text in axes.texts if isinstance(text, Annotation)]
     assert {label.get_text() for label in labels} == {"q8_0", "turbo2", *near}
     figure.draw_without_rendering()

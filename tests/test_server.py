@@ -91,7 +91,7 @@ def test_prompt_longer_than_the_context(start):
 
 def test_server_that_dies_over_a_question(start):
     with start() as running, pytest.raises(TurboquantError, match="llama-server was ended by SIGKILL"):
-        running.ask(QUESTION, on_text=lambda _: running._process.send_signal(signal.SIGKILL))
+        running.ask(QUESTION, on_text=lambda _: running.process.send_signal(signal.SIGKILL))
 
 
 def test_no_model_file(tmp_path):

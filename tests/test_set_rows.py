@@ -1,4 +1,4 @@
-"""SET_ROWS, which writes keys and values into the cache: the codec's bytes, in the right rows, by any number of threads."""
+"""SET_ROWS, which writes keys and values into the cache: the codec's bytes, in the right rows, by any threads."""
 
 import numpy as np
 import pytest

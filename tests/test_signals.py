@@ -58,7 +58,8 @@ def test_a_signal_is_not_lost(place, number):
 
 
 def test_other_exceptions_that_python_drops_are_reported():
-    program = PROGRAM.format(number=1, place=PLACES["as an object ends"].replace("signal.raise_signal(number)", "1 / 0"))
+    place = PLACES["as an object ends"].replace("signal.raise_signal(number)", "1 / 0")
+    program = PROGRAM.format(number=1, place=place)
     done = subprocess.run(
         [sys.executable, "-c", program.replace("30", "0")], capture_output=True, text=True, timeout=60
     )

@@ -7,7 +7,9 @@ import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -50,9 +52,13 @@ def read_only(path: Path) -> None:
 
 
 def full(path: Path) -> None:
-    with Store(path) as store:
-        pages = store._db.execute("PRAGMA page_count").fetchone()[0]
-        store._db.execute(f"PRAGMA max_page_count = {pages}")
+    def connect(*arguments: object, **options: object) -> sqlite3.Connection:
+        database = connected(*arguments, **options)
+        database.execute("PRAGMA max_page_count = 1")  # as many as there are now
+        return database
+
+    connected = sqlite3.connect
+    with patch.object(sqlite3, "connect", connect), Store(path) as store:
         add(store)
 
 
@@ -99,7 +105,7 @@ def changed(column: str, value: object):
     ],
 )
 def test_errors_are_sentences_that_name_the_file(path, monkeypatch, go_wrong, because):
-    monkeypatch.setattr(library, "_WAIT_SECONDS", 0.1)
+    monkeypatch.setattr(library, "WAIT_SECONDS", 0.1)
     with pytest.raises(TurboquantError, match=re.escape(str(path))) as caught:
         go_wrong(path)
     assert because in str(caught.value) and caught.value.details
@@ -154,9 +160,10 @@ def test_a_claim_that_is_not_renewed_is_void(path, monkeypatch):
     """Also of another machine, and of another process that was given the number of a dead one."""
     with Store(path) as here, Store(path) as there:
         assert here.claim(*WORK) == ""
-        there._db.execute("UPDATE claim SET host = 'elsewhere'")
+        with closing(sqlite3.connect(path)) as database, database:
+            database.execute("UPDATE claim SET host = 'elsewhere'")
         assert there.claim(*WORK) == f"process {os.getpid()} on elsewhere"
-        monkeypatch.setattr(library, "_DEAD_SECONDS", 0.2)
+        monkeypatch.setattr(library, "DEAD_SECONDS", 0.2)
         time.sleep(0.3)
         assert there.claim(*WORK) == ""
         here.release(*WORK)  # no longer its own
@@ -166,25 +173,22 @@ def test_a_claim_that_is_not_renewed_is_void(path, monkeypatch):
 
 
 def test_whoever_claims_says_that_it_is_alive(path, monkeypatch):
-    monkeypatch.setattr(library, "_ALIVE_SECONDS", 0.05)
-    monkeypatch.setattr(library, "_DEAD_SECONDS", 1)
+    monkeypatch.setattr(library, "ALIVE_SECONDS", 0.05)
+    monkeypatch.setattr(library, "DEAD_SECONDS", 1)
     with Store(path) as here, Store(path) as there:
         assert here.claim(*WORK) == ""
         time.sleep(1.5)
         assert there.claim(*WORK)
 
 
-def test_claimed_waits(path, monkeypatch):
-    monkeypatch.setattr(library, "POLL_SECONDS", 0.01)
-    waits = []
+def test_a_claim_can_be_waited_for(path):
+    waits = 0
     with Store(path) as here, Store(path) as there:
         here.claim(*WORK)
-
-        def wait(other: str) -> None:
-            waits.append(other)
-            if len(waits) == 3:
+        while there.claim(*WORK):
+            waits += 1
+            if waits == 3:
                 here.release(*WORK)
-
-        with there.claimed(*WORK, wait):
-            assert here.claim(*WORK)
-        assert len(waits) == 3 and here.claim(*WORK) == ""
+        assert waits == 3 and here.claim(*WORK)
+        there.release(*WORK)
+        assert here.claim(*WORK) == ""

@@ -181,7 +181,8 @@ def run_elsewhere(model: Path, types: str, libraries: Path = native.library_dir(
     """The logits of PROMPT from another process, with its own libllama and environment."""
     script = (
         "import sys, numpy; from pathlib import Path\n"
-        "from turboquant_gguf.llamacpp.cachetypes import CacheTypes; from turboquant_gguf.weights.verify import run_gguf\n"
+        "from turboquant_gguf.llamacpp.cachetypes import CacheTypes\n"
+        "from turboquant_gguf.weights.verify import run_gguf\n"
         "logits = run_gguf(Path(sys.argv[1]), range(1000, 1200), CacheTypes.parse(sys.argv[2]))\n"
         "numpy.save(sys.argv[3], logits)\n"
     )

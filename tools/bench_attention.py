@@ -102,7 +102,8 @@ def main(types, head_size, heads, kv_heads, keys, queries, threads, rounds, json
                       f"{middle * 1e3:.2f}", f"{result['bytes'] / middle / 1e9:.2f}", f"{result['error']:.1e}")
     Console().print(table)
     if json_file:
-        settings = dict(head_size=head_size, heads=heads, kv_heads=kv_heads, keys=keys, queries=queries, threads=threads)
+        sizes = dict(head_size=head_size, heads=heads, kv_heads=kv_heads, keys=keys, queries=queries)
+        settings = {**sizes, "threads": threads}
         report = {"settings": settings, "memory_bytes_per_second": bandwidth, "results": results}
         json_file.write_text(json.dumps(report, indent=1))
 

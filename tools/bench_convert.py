@@ -3,8 +3,8 @@
 
     python tools/bench_convert.py [--parameters 1e9] [--outtype f16] [--rounds 3]
 
-Writes a random Llama checkpoint in bfloat16 (2 bytes a parameter) into a temporary folder, and converts it, in turns, by
-llama.cpp's converter as it is, by `turboquant-gguf convert --rotate none`, and by `turboquant-gguf convert`. Each
+Writes a random Llama checkpoint in bfloat16 (2 bytes a parameter) into a temporary folder, and converts it, in turns,
+by llama.cpp's converter as it is, by `turboquant-gguf convert --rotate none`, and by `turboquant-gguf convert`. Each
 conversion is a process of its own: its time counts from start to end, its memory is the peak of what it held apart from
 files mapped into it (the checkpoint's pages count for nobody). Disk needed: four times the checkpoint.
 """

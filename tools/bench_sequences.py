@@ -5,10 +5,10 @@
     python3 tools/bench_sequences.py model.gguf
     python3 tools/bench_sequences.py model.gguf --sequences 60 --prompt 20 --answer 40 --types turbo4,q8_0
 
-Each conversation is a sequence of one cache, as llama-server has them by default: prompts are read one after the other, and
-all answers grow by a token in each batch. One thread, whose processor time other work on the machine disturbs least. Types take
-turns, round by round, and each is compared with the f16 of its own round. The recent window is what the types have by default
-(TURBO_CACHE_WINDOW changes it).
+Each conversation is a sequence of one cache, as llama-server has them by default: prompts are read one after the other,
+and all answers grow by a token in each batch. One thread, whose processor time other work on the machine disturbs
+least. Types take turns, round by round, and each is compared with the f16 of its own round. The recent window is what
+the types have by default (TURBO_CACHE_WINDOW changes it).
 """
 
 import json

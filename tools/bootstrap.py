@@ -32,7 +32,9 @@ LOG = VENV / "bootstrap.log"
 BUILD_REQUIREMENTS = ROOT / "tools" / "build-requirements.txt"
 
 # What an installation is made from; a change in any of it asks for a new one.
-SOURCES = ("pyproject.toml", "CMakeLists.txt", "cmake", "ggml_turbo", "models", "python", "tools/build-requirements.txt")
+SOURCES = (
+    "pyproject.toml", "CMakeLists.txt", "cmake", "ggml_turbo", "models", "python", "tools/build-requirements.txt",
+)  # fmt: skip
 EXTRAS = {"demo": [], "test": ["cluster", "convert", "eval", "python", "report", "test"]}
 
 # llama-cpp-python brings a llama.cpp of its own; we want its bindings only, over the libraries built here.
@@ -242,8 +244,8 @@ def _pip_failure(what, log):
         )
     if re.search("DO NOT MATCH THE HASHES", log):
         return Failure(
-            "The download of %s is not the published file (its hash is wrong) and was thrown away. Run this again; if it "
-            "stays so, a proxy or package mirror serves another file." % what
+            "The download of %s is not the published file (its hash is wrong) and was thrown away. Run this again; if "
+            "it stays so, a proxy or package mirror serves another file." % what
         )
     errors = re.findall(r"^.*\b(?:error|ERROR|Error|FAILED)\b.*$", log, re.MULTILINE)
     shown = errors[:5] or log.strip().splitlines()[-5:]

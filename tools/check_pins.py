@@ -46,7 +46,7 @@ def fetch(version: str, cache: Path) -> tuple[Path, str]:
 
 
 def check(tree: Path) -> dict:
-    """What fits a llama.cpp tree: its ggml version, how many insertions are found, and the others with their reasons."""
+    """What fits a llama.cpp tree: its ggml version, how many insertions are found, the others with their reasons."""
     insertions = graft.load()
     problems = graft.misfits(tree, insertions)
     found = {"ggml": source.ggml_version(tree), "insertions": len(insertions), "found": len(insertions) - len(problems)}

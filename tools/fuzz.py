@@ -10,8 +10,8 @@ Targets:
     metadata   the calibration of keys in a file's metadata
     states     saved states of a context with turbo caches
 
-Builds llama.cpp with both sanitizers into build/fuzz/sanitized first (about 10 minutes on 2 cores, once). An input depends
-on the seed and its number alone. Needs a compiler and cmake, no packages. Exit code 0: nothing was found.
+Builds llama.cpp with both sanitizers into build/fuzz/sanitized first (about 10 minutes on 2 cores, once). An input
+depends on the seed and its number alone. Needs a compiler and cmake, no packages. Exit code 0: nothing was found.
 """
 
 import argparse
@@ -25,8 +25,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "fuzz" / "sanitized"  # below the folders among which tests look for the ordinary build
 TARGETS = {"blocks": 2, "metadata": 5, "states": 3}  # with shares of the inputs
-# The first report ends the process. Optimized, since a million inputs take long; with frames, so that reports name functions.
-# Without upstream's assert(), as in every release build: several want finite numbers, which a hostile state need not have.
+# The first report ends the process. Optimized, since a million inputs take long; with frames, so that reports name
+# functions. Without upstream's assert(), as in every release build: several want finite numbers, which a hostile state
+# need not have.
 FLAGS = "-O1 -g1 -DNDEBUG -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all"
 PLAIN_SECONDS = 20  # between two lines of progress where there is no terminal to redraw a line on
 

@@ -68,7 +68,7 @@ class _Tail:
             self._read = (self._read + piece)[-_TAIL_BYTES:]
 
     def text(self) -> str:
-        """What it was, once everybody has closed the pipe."""
+        """The end of what was written, once everybody has closed the pipe."""
         self._thread.join()
         return self._read.decode("utf-8", "replace")
 

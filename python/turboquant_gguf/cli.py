@@ -33,23 +33,17 @@ EPILOG = """\b
 Exit codes: 0 done, 1 it failed and said why, 2 the command was wrong,
 130 interrupted. TURBOQUANT_DEBUG=1 shows where an error came from.
 """
+SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True}
 
 
-@click.group(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(epilog=EPILOG, context_settings=SETTINGS)
 @click.version_option(package_name="turboquant-gguf", message="%(package)s %(version)s")
 def cli() -> None:
     """Small KV caches for llama.cpp: the types turbo2, turbo3 and turbo4."""
 
 
-cli.add_command(calibrate)
-cli.add_command(convert)
-cli.add_command(demo)
-cli.add_command(inspect)
-cli.add_command(recommend)
-cli.add_command(report)
-cli.add_command(sweep())
-cli.add_command(types)
-cli.add_command(verify)
+for command in (calibrate, convert, demo, inspect, recommend, report, sweep(), types, verify):
+    cli.add_command(command)
 for kind in KINDS.values():
     cli.add_command(measurement(kind))
 

@@ -112,7 +112,8 @@ class Trainer:
         blocks = np.empty((len(x), 2 + 8 * self.bits), np.uint8)
         getattr(self.lib, encoder)(ctypes.byref(codec), x.ctypes.data_as(ctypes.c_void_p),
                                    blocks.ctypes.data_as(ctypes.c_void_p), ctypes.c_int64(len(x)))
-        layout = codec_numpy.Codec(self.bits, codec.rms_to_scale, codec.max_to_scale, codec.mse, np.array(codec.codebook))
+        numbers = codec.rms_to_scale, codec.max_to_scale, codec.mse
+        layout = codec_numpy.Codec(self.bits, *numbers, np.array(codec.codebook))
         states, scales = codec_numpy.states_of(layout, blocks), codec_numpy.scales_of(layout, blocks)
         y = scales[:, None] * layout.codebook[states]
         return float(np.square(x - y).mean()), states, scales

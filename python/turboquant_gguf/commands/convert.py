@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
@@ -35,7 +36,6 @@ Examples:
     "--outtype",
     type=click.Choice(list(library.OUTTYPES)),
     default="auto",
-    show_default=True,
     help="Type of the large tensors; auto keeps the checkpoint's 16-bit type.",
 )
 @click.option(
@@ -47,20 +47,10 @@ Examples:
 @click.option(
     "--verify", is_flag=True, help="Compare the logits with those of transformers; keep the file if they agree."
 )
-@click.option("--force", is_flag=True, help="Replace the file if it exists.")
+@options.force
 @options.trust_remote_code
-@click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON; all else goes to stderr.")
-def convert(
-    model_dir: Path,
-    output: Path | None,
-    outtype: str,
-    rotate: str | None,
-    calibrate: bool,
-    verify: bool,
-    force: bool,
-    trust_remote_code: bool,
-    as_json: bool,
-) -> None:
+@options.json("what was written")
+def convert(model_dir: Path, output: Path | None, as_json: bool, **settings: Any) -> None:
     """Convert the Hugging Face checkpoint in MODEL_DIR (config.json, safetensors, tokenizer) to GGUF.
 
     llama.cpp's own converter does it, so every architecture it knows is converted. On the way, the Walsh-Hadamard
@@ -68,17 +58,7 @@ def convert(
     checked to change nothing: it is the same model, and the rotation is saved at run time. Any llama.cpp runs the file.
     """
     console = Console(stderr=as_json)
-    done = library.convert(
-        model_dir,
-        output,
-        outtype=outtype,
-        rotate=rotate,
-        calibrate=calibrate,
-        verify=verify,
-        force=force,
-        trust_remote_code=trust_remote_code,
-        console=console,
-    )
+    done = library.convert(model_dir, output, **settings, console=console)
     if as_json:
         click.echo(json.dumps(asdict(done), indent=2, default=str))
     else:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
 
+from ..core import tables
 from ..measure import demo as library
 from . import options
 
@@ -24,52 +27,31 @@ Examples:
 @click.option(
     "--model", type=click.Path(path_type=Path), help="A GGUF file [default: SmolLM2-135M-Instruct, 93 MB, fetched once]"
 )
-@click.option(
-    "--types",
-    default=",".join(library.DEFAULT_TYPES),
-    show_default=True,
-    help="Cache types, separated by commas; K:V sets keys and values apart.",
-)
-@click.option("--prompt", default=library.DEFAULT_PROMPT, show_default=True, help="The question.")
-@click.option(
-    "--context", type=click.IntRange(min=256), default=4096, show_default=True, help="Tokens the cache is made for."
-)
-@click.option(
-    "--max-tokens", type=click.IntRange(min=1), default=96, show_default=True, help="Longest answer, in tokens."
-)
+@options.types(library.DEFAULT_TYPES)
+@click.option("--prompt", default=library.DEFAULT_PROMPT, help="The question.")
+@click.option("--context", type=click.IntRange(min=256), default=4096, help="Tokens the cache is made for.")
+@click.option("--max-tokens", type=click.IntRange(min=1), default=96, help="Longest answer, in tokens.")
 @options.window
 @options.threads
-@click.option("--port", type=click.IntRange(0, 65535), default=0, help="Port of llama-server [default: a free one]")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=0,
+    show_default=False,
+    help="Port of llama-server [default: a free one]",
+)
 @options.json("the results")
-def demo(
-    model: Path | None,
-    types: str,
-    prompt: str,
-    context: int,
-    max_tokens: int,
-    threads: int | None,
-    port: int,
-    as_json: bool,
-) -> None:
+def demo(as_json: bool, **settings: Any) -> None:
     """Ask a model one question with several KV-cache types, and compare them.
 
     For each type, llama-server runs on loopback with its KV cache stored in that type and answers the question;
     then llama-perplexity reads a short bundled text with the same cache. One table sums up: size of the cache,
     how many tokens fit in 1 GiB, decode speed and perplexity (lower is better).
     """
-    results = library.demo(
-        model=model,
-        types=types.split(","),
-        prompt=prompt,
-        context=context,
-        max_tokens=max_tokens,
-        threads=threads,
-        port=port,
-        console=Console(stderr=as_json),
-    )
+    results = library.demo(**settings, console=Console(stderr=as_json))
     if as_json:
-        click.echo(json.dumps(library.as_json(results), indent=2))
+        click.echo(json.dumps([asdict(one) for one in results], indent=2))
     else:
         console = Console()
         console.rule()
-        console.print(library.table(results))
+        console.print(tables.Shown(library.table(results)), highlight=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -31,24 +32,19 @@ Examples:
     callback=options.memory,
     help="Show the longest context that fits in SIZE with the weights and all buffers: 8GiB, 500MB or bytes.",
 )
-@click.option(
-    "--types",
-    default=",".join(library.DEFAULT_TYPES),
-    show_default=", ".join(library.DEFAULT_TYPES),  # with blanks, where lines may break
-    help="Cache types, separated by commas; each is tried for keys and for values.",
-)
+@options.types(library.DEFAULT_TYPES, "each is tried for keys and for values.")
 @options.window
 @options.json("all of it, every pair of types,")
-def inspect(file: Path, memory: int | None, types: str, as_json: bool) -> None:
+def inspect(file: Path, memory: int | None, types: list[str], as_json: bool) -> None:
     """Show what the GGUF FILE holds, what its KV cache takes with every pair of types, and what fits in memory.
 
     Any part of a split model stands for all of it. Sizes come from llama.cpp itself, which is asked for contexts
     without loading weights or allocating caches, so this takes a second and hardly any memory. They hold for one
     sequence (--parallel 1), batches of 512 tokens (llama-server's default), flash attention and the CPU.
     """
-    report = library.inspect(file=file, memory=memory, types=types.split(","))
+    report = library.inspect(file=file, memory=memory, types=types)
     if as_json:
-        click.echo(json.dumps(library.as_json(report), indent=2))
+        click.echo(json.dumps(asdict(report), indent=2))
     else:
         _show(report)
     if report.error:

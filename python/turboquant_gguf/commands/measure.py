@@ -20,9 +20,7 @@ from ..report import plots, tables
 from ..report.contents import Section
 from . import options
 
-KEPT = (
-    "What was measured is kept and not measured again: interrupt it, and the same command goes on where it stopped."
-)
+KEPT = "What was measured is kept and not measured again: interrupt it, and the same command goes on where it stopped."
 
 
 def parameter(one: Option, kind: type[Kind] | None = None) -> click.Option:
@@ -32,7 +30,7 @@ def parameter(one: Option, kind: type[Kind] | None = None) -> click.Option:
         more.pop("required", None)
         more["help"] = f"For {kind.title.lower()}: {more['help'][0].lower()}{more['help'][1:]}"
         if one.sweep_default is not None:
-            more |= {"default": one.sweep_default, "show_default": True}
+            more["default"] = one.sweep_default
             more["help"] = more["help"].partition(" [default:")[0]
     return click.Option(one.names, **more)
 
@@ -67,10 +65,6 @@ def command(kind: type[Kind]) -> click.Command:
         click_context: click.Context,
         /,
         model: Path | None,
-        types: str,
-        results: Path | None,
-        threads: int | None,
-        cluster: str | None,
         plot_file: Path | None,
         force: bool,
         as_json: bool,
@@ -79,16 +73,7 @@ def command(kind: type[Kind]) -> click.Command:
         if plot_file:
             plots.check()
         console = Console(stderr=as_json)
-        outcome = measure_kind(
-            kind.name,
-            model,
-            types=types.split(","),
-            results=results,
-            threads=threads,
-            cluster=cluster,
-            console=console,
-            **settings,
-        )
+        outcome = measure_kind(kind.name, model, console=console, **settings)
         _show(kind, outcome, console)
         if as_json:
             found = [{"model": one.model, **one.as_json()} for one in outcome.findings]
@@ -108,21 +93,27 @@ def command(kind: type[Kind]) -> click.Command:
         short_help=kind.summary,
         epilog=f"\b\nExamples:\n{kind.examples.strip(chr(10))}",
     )
-    made = options.types(kind.default_types, "What they are compared with is always measured.")(made)
-    for add in (options.window, options.threads, _results, options.cluster):
+    for add in (
+        options.types(kind.default_types, f"{options.APART} What they are compared with is always measured."),
+        options.window,
+        options.threads,
+        _results,
+        options.cluster,
+        options.plot_file("what was measured"),
+        options.force,
+        options.json("what was done and found"),
+    ):
         made = add(made)
-    made = options.plot_file("what was measured")(made)
-    return options.json("what was done and found")(options.force(made))
+    return made
 
 
-def _results(made: click.Command) -> click.Command:
-    return click.option(
-        "-o",
-        "--results",
-        type=click.Path(path_type=Path, dir_okay=False),
-        metavar="FILE",
-        help="Where measurements are kept, and taken from if made before [default: in the user's cache folder]",
-    )(made)
+_results = click.option(
+    "-o",
+    "--results",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Where measurements are kept, and taken from if made before [default: in the user's cache folder]",
+)
 
 
 def _sections(kind: type[Kind], outcome: Outcome) -> list[Section]:

@@ -17,13 +17,17 @@ from ..weights import remotecode
 _FILE = click.Path(path_type=Path, dir_okay=False, writable=True)
 
 
-def types(default: Sequence[str], more: str) -> Callable:
-    """The option --types. more: a sentence that ends its help."""
+APART = "K:V sets keys and values apart."
+
+
+def types(default: Sequence[str], more: str = APART) -> Callable:
+    """The option --types, as a list of names. more: what ends its help."""
     return click.option(
         "--types",
         default=",".join(default),
         show_default=", ".join(default),  # with blanks, where lines may break
-        help=f"Cache types, separated by commas; K:V sets keys and values apart. {more}",
+        callback=lambda _context, _parameter, text: text.split(","),
+        help=f"Cache types, separated by commas; {more}",
     )
 
 
@@ -50,14 +54,12 @@ def _use_window(field: str, context: click.Context, _parameter: click.Parameter,
     return value
 
 
-def trust_remote_code(command: Callable) -> Callable:
-    """The option --trust-remote-code."""
-    return click.option(
-        remotecode.FLAG,
-        is_flag=True,
-        help="Run Python files of the checkpoint where it cannot be read without; which is said. They can do anything "
-        "on this machine: look at them first.",
-    )(command)
+trust_remote_code = click.option(
+    remotecode.FLAG,
+    is_flag=True,
+    help="Run Python files of the checkpoint where it cannot be read without; which is said. They can do anything "
+    "on this machine: look at them first.",
+)
 
 
 def memory(_context: click.Context, _parameter: click.Parameter, text: str | None) -> int | None:
@@ -68,9 +70,8 @@ def memory(_context: click.Context, _parameter: click.Parameter, text: str | Non
         raise click.BadParameter(str(error)) from error
 
 
-def force(command: Callable) -> Callable:
-    """The option --force, which `callbacks.new_file` asks for."""
-    return click.option("--force", is_flag=True, is_eager=True, help="Replace the output if it exists.")(command)
+force = click.option("--force", is_flag=True, is_eager=True, help="Replace the output if it exists.")
+"""The option --force, which `callbacks.new_file` asks for."""
 
 
 def json(what: str) -> Callable:
@@ -78,10 +79,7 @@ def json(what: str) -> Callable:
     return click.option("--json", "as_json", is_flag=True, help=f"Print {what} as JSON; all else goes to stderr.")
 
 
-def threads(command: Callable) -> Callable:
-    """The option --threads."""
-    kind = click.IntRange(min=1)
-    return click.option("--threads", type=kind, help="CPU threads [default: llama.cpp's choice]")(command)
+threads = click.option("--threads", type=click.IntRange(min=1), help="CPU threads [default: llama.cpp's choice]")
 
 
 def plot_file(what: str) -> Callable:
@@ -102,10 +100,8 @@ def _plot(context: click.Context, parameter: click.Parameter, path: Path | None)
     return callbacks.new_file(context, parameter, path)
 
 
-def cluster(command: Callable) -> Callable:
-    """The option --cluster."""
-    return click.option(
-        "--cluster",
-        metavar="ADDRESS",
-        help="Share the work among the workers of a Dask scheduler, such as tcp://10.0.0.1:8786.",
-    )(command)
+cluster = click.option(
+    "--cluster",
+    metavar="ADDRESS",
+    help="Share the work among the workers of a Dask scheduler, such as tcp://10.0.0.1:8786.",
+)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
+from ..core import tables
 from ..core.units import size_text
 from ..measure import recommend as library
 from . import options
@@ -36,7 +37,11 @@ Examples:
     help="What weights, cache and buffers may take together: 8GiB, 500MB or bytes.",
 )
 @click.option("--context", type=click.IntRange(min=1), required=True, help="Tokens of context that must fit.")
-@click.option("--types", help="Cache types to choose from, separated by commas [default: all that have a prediction]")
+@click.option(
+    "--types",
+    callback=lambda _context, _parameter, text: text.split(",") if text else (),
+    help="Cache types to choose from, separated by commas [default: all that have a prediction]",
+)
 @click.option(
     "--results",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
@@ -47,40 +52,26 @@ Examples:
 @options.window
 @options.json("all of it")
 @click.pass_context
-def recommend(
-    context_: click.Context,
-    model: Path,
-    memory: int,
-    context: int,
-    types: str | None,
-    results: tuple[Path, ...],
-    as_json: bool,
-) -> None:
+def recommend(click_context: click.Context, /, model: Path, as_json: bool, **settings: Any) -> None:
     """Choose the cache types that lose least among those with which MODEL (a GGUF) fits in memory.
 
     llama.cpp says what weights, cache and buffers take, for one sequence on the CPU, without loading them. What types
     lose comes from measurements of this model (`turboquant-gguf ppl` keeps them), or else from those of a small
     reference model. Prints the llama-server command to run.
     """
-    found = library.recommend(
-        model,
-        memory=memory,
-        context=context,
-        types=types.split(",") if types else (),
-        results=results,
-        console=Console(stderr=as_json),
-    )
+    found = library.recommend(model, **settings, console=Console(stderr=as_json))
     if as_json:
         click.echo(json.dumps(asdict(found), indent=2))
     else:
         _show(found)
-    context_.exit(0 if found.best else 1)
+    click_context.exit(0 if found.best else 1)
 
 
 def _show(found: library.Recommendation) -> None:
     console = Console(highlight=False)
     base = found.measured.base if found.measured else "f16"
-    columns = {
+    cells = {
+        "cache\ntype": lambda one: one.types,
         "\nbits": lambda one: f"{one.bits:.4g}",
         "\nweights": lambda one: size_text(one.size.weights),
         "\ncache": lambda one: size_text(one.size.cache),
@@ -90,25 +81,19 @@ def _show(found: library.Recommendation) -> None:
         "longest\ncontext": lambda one: str(one.longest_context),
         f"KL from\n{base}": lambda one: f"{'~' if one.measured is None else ''}{one.loss:.4f}",
     }
-    for title in ("\nbits", "\nweights", "\nbuffers") if console.width < _WIDE else ("\ntotal",):
-        del columns[title]
-    grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    grid.add_column("cache\ntype", no_wrap=True)
-    for title in columns:
-        grid.add_column(title, justify="right", no_wrap=True)
-    for one in found.candidates:
-        style = "bold" if one is found.best else None if one.fits else "dim"
-        grid.add_row(one.types, *(cell(one) for cell in columns.values()), style=style)
+    for heading in ("\nbits", "\nweights", "\nbuffers") if console.width < _WIDE else ("\ntotal",):
+        del cells[heading]
+    rows = [[cell(one) for cell in cells.values()] for one in found.candidates]
+    styles = ["bold" if one is found.best else "" if one.fits else "dim" for one in found.candidates]
     console.print(f"[bold]{escape(found.model)}, {found.context} tokens in {size_text(found.memory)}[/]")
-    console.print(grid)
+    console.print(tables.Shown(tables.Table("Candidates", tables.columns(*cells), {"": rows}), styles=styles))
     if any(one.measured is None for one in found.candidates):
         console.print("[dim]~ predicted from what a small reference model loses.[/]")
     if found.measured:
         console.print(f"[dim]Measured on {escape(str(found.measured))}.[/]")
     if found.left_out:
-        console.print(
-            f"[dim]Measurements of this model that do not compare were left out: {escape('; '.join(found.left_out))}.[/]"
-        )
+        others = escape("; ".join(found.left_out))
+        console.print(f"[dim]Measurements of this model that do not compare were left out: {others}.[/]")
     if found.trained_length and found.context > found.trained_length:
         console.print(f"[bold yellow]Note:[/] this model was trained for {found.trained_length} tokens.")
     if not found.best:

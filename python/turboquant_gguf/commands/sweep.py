@@ -53,17 +53,15 @@ def command() -> click.Command:
     "--results",
     type=click.Path(path_type=Path, dir_okay=False),
     default=RESULTS,
-    show_default=True,
     metavar="FILE",
     callback=callbacks.output,
     help="An SQLite file that measurements are added to; what it has is not measured again.",
 )
-@options.types(Quality.default_types, "f16 is always measured.")
+@options.types(Quality.default_types, f"{options.APART} f16 is always measured.")
 @options.window
 @click.option(
     "--measure",
     default=",".join(names_to_measure()),
-    show_default=True,
     callback=_kinds,
     help="What to measure: some of these. Tasks are measured if there are any.",
 )
@@ -73,7 +71,7 @@ def sweep(
     /,
     models: tuple[Path, ...],
     results: Path,
-    types: str,
+    types: list[str],
     measure: tuple[str, ...],
     threads: int | None,
     cluster: str | None,
@@ -94,7 +92,7 @@ def sweep(
         asked = all(own[one.parameter] for one in kind.options if one.more.get("required"))
         if kind.name in measure or (not kind.in_sweep and asked):
             kinds[kind.name] = own
-    common = {"types": types.split(","), "threads": threads, "results": results, "cluster": cluster}
+    common = {"types": types, "threads": threads, "results": results, "cluster": cluster}
     outcome = library.sweep(models, kinds, **common, console=console)
     if as_json:
         click.echo(json.dumps(outcome.as_json(), indent=2))

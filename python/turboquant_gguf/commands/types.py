@@ -7,10 +7,10 @@ from dataclasses import asdict
 
 import click
 from rich.console import Console
-from rich.table import Table
 
 import turboquant_gguf
 
+from ..core import tables
 from . import options
 
 F16_BITS = 16
@@ -27,16 +27,15 @@ def types(as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([asdict(kind) for kind in known], indent=2))
         return
-    grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    grid.add_column("type")
-    for heading in ("bits/value", "bytes/block", "smaller than f16", "mean squared error"):
-        grid.add_column(heading, justify="right")
-    for kind in known:
-        grid.add_row(
+    columns = tables.columns("\ntype", "bits a\nvalue", "bytes a\nblock", "smaller\nthan f16", "mean squared\nerror")
+    rows = [
+        [
             kind.name,
             f"{kind.bits_per_value:g}",
             str(kind.bytes_per_block),
             f"{F16_BITS / kind.bits_per_value:.2f}x",
             f"{kind.mse:.4f}",
-        )
-    Console().print(grid)
+        ]
+        for kind in known
+    ]
+    Console(highlight=False).print(tables.Shown(tables.Table("Turbo types", columns, {"": rows})))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
@@ -30,21 +31,12 @@ Examples:
     metavar="FILE",
     help="The text to read [default: one in the package]",
 )
-@click.option(
-    "--tokens",
-    type=click.IntRange(min=1),
-    default=library.DEFAULT_TOKENS,
-    show_default=True,
-    help="How many tokens of it.",
-)
-@click.option(
-    "--types", default="f32", show_default=True, help="KV-cache type of GGUFs; K:V sets keys and values apart."
-)
+@click.option("--tokens", type=click.IntRange(min=1), default=library.DEFAULT_TOKENS, help="How many tokens of it.")
+@click.option("--types", default="f32", help="KV-cache type of GGUFs; K:V sets keys and values apart.")
 @click.option(
     "--max-kl",
     type=click.FloatRange(min=0),
     default=library.DEFAULT_MAX_KL,
-    show_default=True,
     help="Largest mean KL divergence, in nats a token, that still passes.",
 )
 @options.trust_remote_code
@@ -52,33 +44,13 @@ Examples:
 @options.threads
 @options.json("the figures")
 @click.pass_context
-def verify(
-    context: click.Context,
-    a: Path,
-    b: Path,
-    text: Path | None,
-    tokens: int,
-    types: str,
-    max_kl: float,
-    threads: int | None,
-    trust_remote_code: bool,
-    as_json: bool,
-) -> None:
+def verify(context: click.Context, a: Path, b: Path, max_kl: float, as_json: bool, **settings: Any) -> None:
     """Read the same tokens with A and B, and compare what they predict.
 
     Each is a GGUF, run by llama.cpp, or the folder of a Hugging Face checkpoint, run by transformers in float32.
     Exit code 0: the mean KL divergence is at most --max-kl; 1: it is more.
     """
-    found = library.verify(
-        a,
-        b,
-        text=text,
-        tokens=tokens,
-        types=types,
-        threads=threads,
-        trust_remote_code=trust_remote_code,
-        console=Console(stderr=True),
-    )
+    found = library.verify(a, b, **settings, console=Console(stderr=True))
     same = found.kl_mean <= max_kl
     if as_json:
         click.echo(json.dumps({**asdict(found), "max_kl": max_kl, "same": same}, indent=2))

@@ -15,8 +15,8 @@ from rich.console import Console
 from . import progress
 from .folders import cache_folder
 
-_PIECE = 1 << 24
-_SHOWN_BYTES = 1 << 28  # what is read in less than a second needs no bar
+PIECE_BYTES = 1 << 24
+SHOWN_BYTES = 1 << 28  # what is read in less than a second needs no bar
 _STILL_NS = 2_000_000_000  # what has changed since may change again without another time
 _SCHEMA = "CREATE TABLE IF NOT EXISTS hash (path TEXT PRIMARY KEY, state TEXT NOT NULL, sha256 TEXT NOT NULL)"
 
@@ -30,14 +30,14 @@ def sha256(paths: Sequence[Path], console: Console) -> list[str]:
     states = [_state(path) for path in paths]
     known = {path: found for path, state in zip(paths, states, strict=True) if (found := _remembered(path, state))}
     total = sum(path.stat().st_size for path in paths if path not in known)
-    quiet = console if total > _SHOWN_BYTES else Console(quiet=True)
+    quiet = console if total > SHOWN_BYTES else Console(quiet=True)
     with progress.bar(quiet, progress.BYTES) as bar:
         task = bar.add_task("hashing the model", total=total)
         for path, state in zip(paths, states, strict=True):
             if path not in known:
                 digest = hashlib.sha256()
                 with path.open("rb") as file:
-                    while piece := file.read(_PIECE):
+                    while piece := file.read(PIECE_BYTES):
                         digest.update(piece)
                         bar.advance(task, len(piece))
                 known[path] = digest.hexdigest()

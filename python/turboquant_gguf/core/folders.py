@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """Where models are kept: $TURBOQUANT_CACHE_DIR, or turboquant-gguf in the user's cache folder."""
+    """The folder for models and measurements: $TURBOQUANT_CACHE_DIR, or turboquant-gguf in the user's cache folder."""
     if chosen := os.environ.get("TURBOQUANT_CACHE_DIR"):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "turboquant-gguf"

@@ -1,9 +1,18 @@
-"""Sentences for people. Nothing in them is broken by us, so that a path can be copied; a terminal breaks its own lines."""
+"""Sentences for people, without line breaks of ours, so that a path can be copied: a terminal breaks its own lines."""
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Collection
+
 from rich.console import Console
 from rich.markup import escape
+
+
+def nearest(name: str, known: Collection[str], otherwise: str, *, most: int = 1) -> str:
+    """The end of a sentence about a name that nobody knows: what may have been meant, or else `otherwise`."""
+    near = difflib.get_close_matches(name, known, n=most)
+    return f"did you mean {' or '.join(near)}?" if near else otherwise
 
 
 def say(text: str, console: Console | None = None) -> None:

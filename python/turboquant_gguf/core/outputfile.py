@@ -18,7 +18,7 @@ except ImportError:  # Windows, where leftovers stay
 from ..errors import TurboquantError
 
 LOCK = "turboquant.lock"
-"""In the folder of an unfinished file; locked as long as the command that made it lives."""
+"""A file in the folder of an unfinished one, locked as long as the command that made it lives."""
 
 
 def check(output: Path, force: bool) -> None:

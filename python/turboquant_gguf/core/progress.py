@@ -24,8 +24,7 @@ PLAIN_SECONDS = 20
 
 STEPS = (MofNCompleteColumn(), TimeRemainingColumn())
 BYTES = (DownloadColumn(), TimeRemainingColumn())
-LEFT = (TextColumn("{task.fields[left]} left"), TimeRemainingColumn())
-"""What stands behind the bar. LEFT: for totals that are no steps; tasks have a field `left`, how many steps are."""
+"""What stands behind the bar."""
 
 _DAY = 24 * 3600
 
@@ -64,7 +63,7 @@ def bar(console: Console, columns: tuple[ProgressColumn, ...] = STEPS) -> Iterat
 
 @contextmanager
 def status(console: Console, text: str) -> Iterator[None]:
-    """The same for work of which nobody knows how far it has come. text: what it is."""
+    """A bar that shows the time alone, for work of which nobody knows how far it has come. text: what it is."""
     with bar(console, (TimeElapsedColumn(),)) as shown:
         shown.add_task(text, total=None)
         yield

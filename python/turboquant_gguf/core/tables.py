@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions
 from rich.markup import escape
 from rich.table import Table as Grid
 
@@ -18,11 +20,16 @@ _MOST_DECIMALS = 5
 
 @dataclass(frozen=True)
 class Column:
-    """heading: with line breaks for narrow tables. words: not numbers. detail: left out where room is short."""
+    """A column of a table.
+
+    heading: with line breaks for narrow tables. words: not numbers. detail: left out where room is short. style: of its
+    cells on a terminal, such as "bold".
+    """
 
     heading: str
     words: bool = False
     detail: bool = False
+    style: str = ""
 
     @property
     def title(self) -> str:
@@ -36,7 +43,10 @@ BITS = Column("\nbits")
 
 @dataclass(frozen=True)
 class Table:
-    """rows: in groups, by what they have in common ("" if there is one group). The first column names the row."""
+    """Rows of text under headings.
+
+    rows: in groups, by what they have in common ("" if there is one group). The first column names the row.
+    """
 
     caption: str
     columns: list[Column]
@@ -53,36 +63,84 @@ class HeatMap:
     shares: dict[float, list[float | None]]
 
 
-def grid(*headings: str, words: int = 1, gap: int = 2, **more: object) -> Grid:
-    """An empty table for a terminal. words: how many columns from the left hold words, not numbers. more: of rich."""
-    made = Grid(box=None, pad_edge=False, padding=(0, gap, 0, 0), header_style="bold", **more)
-    for number, heading in enumerate(headings):
-        made.add_column(heading, justify="left" if number < words else "right", no_wrap=True)
-    return made
+Cells = tuple[Column, list[str]]
+"""A column, and its cells from all groups."""
 
 
-def grids(table: Table) -> Iterator[Grid | str]:
-    """A table for a terminal, without details: its heading, then each group under its name, all of the same width."""
-    shown = [i for i, column in enumerate(table.columns) if not column.detail]
-    groups = {
-        group: [[row[i].replace(" ± ", "±") for i in shown] for row in rows] for group, rows in table.rows.items()
-    }
-    headings = [table.columns[i].heading.split("\n") for i in shown]
-    cells = [[*heading, *(row[n] for rows in groups.values() for row in rows)] for n, heading in enumerate(headings)]
-    for group, rows in {"": [], **groups}.items():
-        made = grid(gap=1, show_header=not group)
-        for i, column in zip(shown, cells, strict=True):
+@dataclass(frozen=True)
+class Shown:
+    """A table as rich prints it on a terminal, without details: the headings, then each group under its name.
+
+    Columns that do not fit side by side stand below, again after the first. gap: blanks between columns. styles: of the
+    rows, one each, such as "bold"; none for plain ones.
+    """
+
+    table: Table
+    gap: int = 2
+    styles: Sequence[str] = ()
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Grid | str]:
+        columns = [
+            (column, [row[i].replace(" ± ", "±") for rows in self.table.rows.values() for row in rows])
+            for i, column in enumerate(self.table.columns)
+            if not column.detail
+        ]
+        for part in self._parts(columns, options.max_width):
+            yield self._grid(part, slice(0))
+            begin = 0
+            for group, rows in self.table.rows.items():
+                if group:
+                    yield f"[bold]{escape(group)}[/]"
+                yield self._grid(part, slice(begin, begin + len(rows)), header=False)
+                begin += len(rows)
+
+    def _parts(self, columns: list[Cells], width: int) -> Iterator[list[Cells]]:
+        """The columns in as few parts as fit, the first column in each of them."""
+        first, *others = columns
+        part, left = [first], width - _width(first)
+        for column in others:
+            if len(part) > 1 and left < self.gap + _width(column):
+                yield part
+                part, left = [first], width - _width(first)
+            part.append(column)
+            left -= self.gap + _width(column)
+        yield part
+
+    def _grid(self, part: list[Cells], rows: slice, *, header: bool = True) -> Grid:
+        """Some rows of a part; all grids of a part have the same width."""
+        made = Grid(box=None, pad_edge=False, padding=(0, self.gap, 0, 0), header_style="bold", show_header=header)
+        for column, cells in part:
             made.add_column(
-                table.columns[i].heading,
-                justify="left" if table.columns[i].words else "right",
-                min_width=max(map(len, column)),
+                column.heading,
+                justify="left" if column.words else "right",
+                style=column.style,
+                min_width=_width((column, cells)),
                 no_wrap=True,
             )
-        for row in rows:
-            made.add_row(*map(escape, row))
-        if group:
-            yield f"[bold]{escape(group)}[/]"
-        yield made
+        styles = self.styles or [""] * len(part[0][1])
+        for style, *cells in zip(styles[rows], *(cells[rows] for _, cells in part), strict=True):
+            made.add_row(*map(escape, cells), style=style)
+        return made
+
+
+def _width(column: Cells) -> int:
+    heading, cells = column
+    return max(map(cell_len, [*heading.heading.split("\n"), *cells]))
+
+
+def columns(*headings: str) -> list[Column]:
+    """Columns of numbers behind a first one of words."""
+    return [Column(heading, words=not number) for number, heading in enumerate(headings)]
+
+
+def facts(found: Iterable[tuple[str, str]]) -> Grid:
+    """Names and what is to be said of them, a line each, for a terminal; long texts are wrapped."""
+    made = Grid.grid(padding=(0, 2, 0, 0))
+    made.add_column(style="bold", no_wrap=True)
+    made.add_column()
+    for name, text in found:
+        made.add_row(name, escape(text))
+    return made
 
 
 def markdown(table: Table) -> str:
@@ -110,7 +168,7 @@ def with_error(value: float, error: float | None, sign: str = "") -> str:
 
 
 def short(value: float) -> str:
-    """Three digits, without an exponent."""
+    """A number with three digits, without an exponent."""
     if not value or not math.isfinite(value):
         return f"{value:g}"
     return f"{value:.{min(max(0, 2 - math.floor(math.log10(abs(value)))), _MOST_DECIMALS)}f}"

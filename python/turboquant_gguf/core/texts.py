@@ -27,7 +27,7 @@ class Text:
 
     @property
     def sha256(self) -> str:
-        """Of its UTF-8 bytes, in hex digits."""
+        """SHA-256 of its UTF-8 bytes, in hex digits."""
         return hashlib.sha256(self.content.encode()).hexdigest()
 
 
@@ -60,7 +60,7 @@ def read(path: Path) -> str:
 
 
 def bundled(name: str) -> str:
-    """A text of this package, such as "demo.txt"."""
+    """The content of a file of this package, such as "demo.txt"."""
     return files("turboquant_gguf").joinpath("data", name).read_text("utf-8")
 
 

@@ -204,13 +204,13 @@ class Kind(ABC):
         return tuple(dict.fromkeys(pair for types in self.parts.values() for pair in types))
 
     def without(self, known: Collection[tuple[CacheTypes, int]]) -> Self:
-        """The same without the rows that are `known`: types and part."""
+        """The piece of work without the rows that are `known`: types and part."""
         missing = {number: tuple(pair for pair in types if (pair, number) not in known) for number, types in
                    self.parts.items()}  # fmt: skip
         return replace(self, parts={number: types for number, types in missing.items() if types})
 
     def split(self) -> list[Self]:
-        """The same in several pieces, for several machines."""
+        """The piece of work in several, for several machines."""
         size, numbers = self.shared_parts or len(self.parts), list(self.parts)
         pieces = (numbers[begin : begin + size] for begin in range(0, len(numbers), size))
         return [replace(self, parts={number: self.parts[number] for number in piece}) for piece in pieces]

@@ -142,7 +142,6 @@ class Retrieval(Kind):
         option(
             "--depths",
             default=",".join(map(str, DEFAULT_DEPTHS)),
-            show_default=True,
             callback=callbacks.percentages,
             help="Where the needle lies, in percent of the text, separated by commas.",
         ),
@@ -151,7 +150,6 @@ class Retrieval(Kind):
             sweep=True,
             type=click.IntRange(min=1),
             default=1,
-            show_default=True,
             help="Prompts of each length and depth; each has a needle of its own.",
         ),
         option(
@@ -160,7 +158,7 @@ class Retrieval(Kind):
             metavar="FILE",
             help="The haystack [default: generated sentences]",
         ),
-        option("--seed", type=int, default=0, show_default=True, help="Of the needles and the generated sentences."),
+        option("--seed", type=int, default=0, help="Seed of the needles and of the generated sentences."),
     )
 
     length: int
@@ -300,16 +298,13 @@ class Retrieval(Kind):
             else:
                 row += [NOTHING] * len(compared)
             rows.append(row if by_types else row[: -len(compared)])
-        reference = by_types.get(F16)
-        notes = [
-            "f16 found none of the needles: this model is too small for this, or the prompts are too long for it. "
-            "Shares of what f16 found mean nothing then. Try shorter --lengths or a larger model."
-        ]
-        rows_by_group = {"": rows}
-        return Table(
-            "Needles found", columns + (compared if by_types else []), rows_by_group,
-            notes if reference and not reference.found else [],
-        )  # fmt: skip
+        notes = []
+        if F16 in by_types and not by_types[F16].found:
+            notes = [
+                "f16 found none of the needles: this model is too small for this, or the prompts are too long for it. "
+                "Shares of what f16 found mean nothing then. Try shorter --lengths or a larger model."
+            ]
+        return Table("Needles found", columns + (compared if by_types else []), {"": rows}, notes)
 
     @classmethod
     def maps(cls, finding: Finding) -> list[HeatMap]:

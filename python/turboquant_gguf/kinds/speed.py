@@ -74,30 +74,18 @@ class Speed(Kind):
             sweep=True,
             sweep_default="0,4096",
             default="0,4096,16384",
-            show_default=True,
             callback=callbacks.numbers(least=0),
             help="Tokens already in the cache, separated by commas.",
         ),
+        option("--prefill", type=click.IntRange(min=0), default=512, help="Prompt tokens to measure; 0 leaves it out."),
         option(
-            "--prefill",
-            type=click.IntRange(min=0),
-            default=512,
-            show_default=True,
-            help="Prompt tokens to measure; 0 leaves it out.",
-        ),
-        option(
-            "--decode",
-            type=click.IntRange(min=0),
-            default=32,
-            show_default=True,
-            help="Tokens to generate one by one; 0 leaves it out.",
+            "--decode", type=click.IntRange(min=0), default=32, help="Tokens to generate one by one; 0 leaves it out."
         ),
         option(
             "--repetitions",
             sweep=True,
             type=click.IntRange(min=1),
             default=3,
-            show_default=True,
             help="Rounds; each measures everything once.",
         ),
         option(
@@ -175,7 +163,8 @@ class Speed(Kind):
                 base = samples.get(subjects[0])
                 for pair in types:
                     if pair in samples:
-                        values[pair].append({"depth": depth, **_metrics(samples[pair], base, depth + self.decode / 2)})
+                        metrics = metrics_of(samples[pair], base, depth + self.decode / 2)
+                        values[pair].append({"depth": depth, **metrics})
             for pair, found in values.items():
                 if found:
                     yield Row(pair, json.dumps(found).encode(), number)
@@ -254,7 +243,7 @@ class Speed(Kind):
                         yield types, {"depth": cell["depth"], "metric": metric} | value
 
 
-def _metrics(sample: Any, base: Any, tokens: float) -> dict[str, float | None]:
+def metrics_of(sample: Any, base: Any, tokens: float) -> dict[str, float | None]:
     """METRICS of a llamabench.Sample. base: that of f16, None without. tokens: in the cache, on average."""
     found: dict[str, float | None] = {}
     for kind in ("prefill", "decode"):

@@ -84,7 +84,8 @@ class Tasks(Kind):
     help = """Let MODEL, a GGUF file, do tasks of EleutherAI's lm-evaluation-harness with several KV-cache types.
 
     Answers are greedy (temperature 0), and each type is compared with f16 on the same documents. Only tasks in which
-    the model writes its answer work: llama-server gives no log-probabilities of prompts, which multiple choice needs."""
+    the model writes its answer work: multiple choice needs log-probabilities of prompts, and llama-server gives
+    none."""
     examples = """
   turboquant-gguf eval my.gguf --tasks gsm8k --limit 200
   turboquant-gguf eval my.gguf --tasks gsm8k --types turbo4,turbo4:turbo3
@@ -127,27 +128,19 @@ class Tasks(Kind):
             "--context",
             type=click.IntRange(min=256),
             default=4096,
-            show_default=True,
             help="Tokens that the cache holds of each prompt with its answer.",
         ),
         option(
             "--parallel",
             type=click.IntRange(min=1),
             default=1,
-            show_default=True,
             help="Documents at a time. Runs with more than 1 can differ in rare answers.",
         ),
         option(
-            "--max-tokens",
-            type=click.IntRange(min=1),
-            help="Tokens of an answer [default: the task's number, or 256]",
+            "--max-tokens", type=click.IntRange(min=1), help="Tokens of an answer [default: the task's number, or 256]"
         ),
         option(
-            "--seed",
-            type=click.IntRange(min=0, max=2**32 - 1),
-            default=1234,
-            show_default=True,
-            help="Chooses the examples in prompts.",
+            "--seed", type=click.IntRange(min=0, max=2**32 - 1), default=1234, help="Chooses the examples in prompts."
         ),
         option(
             "--samples",
@@ -159,15 +152,15 @@ class Tasks(Kind):
     )
 
     task: str
-    folder: Path | None
-    limit: int | None
-    num_fewshot: int | None
-    chat: bool
-    context: int
-    parallel: int
-    max_tokens: int | None
-    seed: int
-    samples: Path | None
+    folder: Path | None = None
+    limit: int | None = None
+    num_fewshot: int | None = None
+    chat: bool = False
+    context: int = 4096
+    parallel: int = 1
+    max_tokens: int | None = None
+    seed: int = 1234
+    samples: Path | None = None
 
     @classmethod
     def prepare(cls, *, tasks: Sequence[str], samples: Path | None = None, **options: Any) -> dict[str, Any]:
@@ -186,21 +179,14 @@ class Tasks(Kind):
         *,
         tasks: Sequence[str],
         task_folder: Path | None = None,
-        limit: int | None = None,
-        num_fewshot: int | None = None,
         chat: bool | None = None,
-        context: int = 4096,
-        parallel: int = 1,
-        max_tokens: int | None = None,
-        seed: int = 1234,
-        samples: Path | None = None,
+        **options: Any,
     ) -> Iterator[Self]:
         if chat is None:
             with GGUFModel(work.model) as file:
                 chat = "tokenizer.chat_template" in file.metadata
-        how = (task_folder, limit, num_fewshot, chat, context, parallel, max_tokens, seed, samples)
         for task in tasks:
-            yield cls(work.model, work.facts, work.threads, {0: work.types}, task, *how)
+            yield cls(work.model, work.facts, work.threads, {0: work.types}, task, task_folder, chat=chat, **options)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -251,18 +237,11 @@ class Tasks(Kind):
         # No cache of old prompts in memory, which could grow to gigabytes and hardly ever be of use.
         extra = ("--parallel", str(self.parallel), "--cache-ram", "0")
         size = self.context * self.parallel
+        names = ("chat", "limit", "num_fewshot", "max_tokens", "parallel", "seed")
+        how = {name: getattr(self, name) for name in names}
         with server.running(self.model, types, context=size, threads=self.threads, extra_args=extra) as running:
             try:
-                return loaded.run(
-                    running.url,
-                    chat=self.chat,
-                    limit=self.limit,
-                    num_fewshot=self.num_fewshot,
-                    max_tokens=self.max_tokens,
-                    parallel=self.parallel,
-                    seed=self.seed,
-                    on_answer=on_answer,
-                )
+                return loaded.run(running.url, on_answer=on_answer, **how)
             except ConnectionError as error:
                 raise running.failure() from error
 

@@ -21,15 +21,15 @@ _CACHE_LINE = re.compile(
     r"llama_kv_cache: size = +[\d.]+ MiB \( *(?P<cells>\d+) cells,.*?\), "
     r"K \((?P<k>\w+)\): +(?P<k_mib>[\d.]+) MiB, V \((?P<v>\w+)\): +(?P<v_mib>[\d.]+) MiB"
 )
-_WINDOW_LINE = re.compile(r"llama_kv_cache: recent window: .*? in f16, (?P<mib>[\d.]+) MiB")
+_RECENT_WINDOW_LINE = re.compile(r"llama_kv_cache: recent window: .*? in f16, (?P<mib>[\d.]+) MiB")
 
 
 @dataclass(frozen=True)
 class CacheFacts:
     """A context's KV cache in effect.
 
-    parts: (tokens it can hold, bytes) of each cache; a model with sliding windows has two, of which the window's
-    is shorter and never grows. recent: bytes of the last tokens at full precision (docs/recent-window.md).
+    parts: (tokens it can hold, bytes) of each cache; a model with sliding windows has two, and that of the sliding
+    windows is shorter and never grows. recent: bytes of the recent window (docs/recent-window.md).
     """
 
     types: CacheTypes
@@ -77,5 +77,5 @@ def require(log: str, asked: CacheTypes) -> CacheFacts:
             raise TurboquantError(
                 f"The KV cache was asked to be {asked} and is {types}. This is a fault of the build: please report it."
             )
-    recent = sum(float(line["mib"]) for line in _WINDOW_LINE.finditer(log)) * MIB
+    recent = sum(float(line["mib"]) for line in _RECENT_WINDOW_LINE.finditer(log)) * MIB
     return CacheFacts(asked, tuple((cells, size) for cells, _, size in parts), recent)

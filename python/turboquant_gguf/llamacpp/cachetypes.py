@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from functools import cache
 
+from ..core.messages import nearest
 from ..errors import TurboquantError
 from . import ggml
 
@@ -59,6 +59,5 @@ def supported() -> tuple[str, ...]:
 def _known(name: str) -> str:
     if name in supported():
         return name
-    near = difflib.get_close_matches(name.lower(), supported(), n=1)
-    hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(supported())}."
+    hint = nearest(name.lower(), supported(), f"choose from {', '.join(supported())}.")
     raise UnknownTypeError(f"There is no cache type {name!r}: {hint}")

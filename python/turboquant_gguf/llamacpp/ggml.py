@@ -10,11 +10,11 @@ from contextlib import ExitStack, contextmanager
 from ctypes import POINTER, c_bool, c_char_p, c_float, c_int, c_int32, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
 from functools import cache
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..core.owner import Owner
 from ..turbo_tables import NAMES, TABLES
 from . import native
 
@@ -226,7 +226,7 @@ def captured_log() -> Iterator[list[str]]:
 
 
 def pointer(array: NDArray) -> c_void_p:
-    """Where the elements of a contiguous array begin."""
+    """The address of the first element of a contiguous array, for C."""
     assert array.flags.c_contiguous
     return array.ctypes.data_as(c_void_p)
 
@@ -261,6 +261,7 @@ def turbo_types() -> tuple[str, ...]:
     return tuple(sorted(filter(is_turbo, _type_numbers())))
 
 
+@cache
 def bits(type: str) -> float:
     """Bits that a value takes in any ggml type, scales included."""
     number = type_number(type)
@@ -281,7 +282,7 @@ def quantize(x: NDArray[np.float32], type: str) -> NDArray[np.uint8]:
     return rows
 
 
-class Graph:
+class Graph(Owner):
     """Tensors and the operators on them, computed by llama.cpp's CPU back end. A context manager: it owns memory.
 
     threads: how many compute. reference: llama.cpp's scalar paths instead of fast kernels. First come the tensors and
@@ -301,12 +302,6 @@ class Graph:
             self._context = function("ggml_init")(InitParams(size, None, True))
             owned.callback(function("ggml_free"), self._context)
             self._owned = owned.pop_all()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._owned.close()
 
     def tensor(self, data: NDArray, type: str, *shape: int) -> int:
         """A tensor of that type that holds `data`; shape: its four dimensions, the innermost first, as ggml counts."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import re
 import shutil
@@ -11,27 +12,17 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..core.owner import Owner
 from ..errors import TurboquantError
-from . import ggml
-from .toolerrors import check_model_file
+from . import ggml, toolerrors
 
 MAX_DIMENSIONS = 4  # GGML_MAX_DIMS
 
-# What ggml logs where it refuses a file, and what the user can do ({0}: the group). The first that matches decides.
-_ADVICE = (
-    (r"GGUFv1", "is a GGUF of version 1, which llama.cpp has given up. Convert the model again."),
-    (r"only supports up to version", "is a GGUF of a version newer than the llama.cpp in this package."),
-    (r"endianness", "is a GGUF for machines of the other byte order. Convert it with gguf-convert-endian."),
-    (
-        r"(tensor '.*') has invalid ggml type",
-        "has a {0} of a type unknown here. It is newer than the llama.cpp in this package, or damaged.",
-    ),
-)
 _PART_NAME = re.compile(r"(?P<stem>.*)-(?P<part>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
@@ -47,13 +38,10 @@ class Tensor:
     @property
     def elements(self) -> int:
         """How many values it has."""
-        count = 1
-        for length in self.shape:
-            count *= length
-        return count
+        return math.prod(self.shape)
 
 
-class GGUFFile:
+class GGUFFile(Owner):
     """An open GGUF file. A context manager: it owns memory that arrays of the metadata refer to.
 
     metadata: key -> number, bool, str, or Array. tensors: in the file's order.
@@ -61,7 +49,7 @@ class GGUFFile:
     """
 
     def __init__(self, path: Path) -> None:
-        check_model_file(path)
+        toolerrors.check_model_file(path)
         self.path = path
         self.size = path.stat().st_size
         """Bytes."""
@@ -75,12 +63,9 @@ class GGUFFile:
             self.tensors = tuple(self._read_tensors())
             self._owned = owned.pop_all()
 
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(self, *_: object) -> None:
         self._context = None
-        self._owned.close()
+        super().__exit__()
 
     def ask(self, function: str, *arguments: Any) -> Any:
         """What ggml's `function` says of this file. Raises ValueError once it is closed."""
@@ -170,7 +155,7 @@ class Array(Sequence):
         return f"<{len(self)} x {self.type}>"
 
 
-class GGUFModel:
+class GGUFModel(Owner):
     """All files of a model: one, or the parts that llama-gguf-split makes. A context manager.
 
     path: any of its files. paths: all of them, in order. metadata: of the first. tensors: of all. size: bytes of all
@@ -189,12 +174,6 @@ class GGUFModel:
                 if len(files) > 1 and file.metadata.get("split.no") != number:
                     raise TurboquantError(f"{file.path} is not part {number + 1} of its model. Download it again.")
             self._owned = owned.pop_all()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._owned.close()
 
 
 def _parts(path: Path, metadata: Mapping[str, Any]) -> tuple[Path, ...]:
@@ -222,11 +201,10 @@ def _parts(path: Path, metadata: Mapping[str, Any]) -> tuple[Path, ...]:
 
 def _refused(path: Path, log: str) -> TurboquantError:
     """Why ggml does not read the file, from what it logged."""
-    cause = log.partition("\n")[0].partition(": ")[2]  # what follows the name of the function
-    otherwise = f"is damaged or incomplete ({cause}). Download it again."
-    found = ((re.search(pattern, log), text) for pattern, text in _ADVICE)
-    advice = next((text.format(*match.groups()) for match, text in found if match), otherwise)
-    return TurboquantError(f"{path} {advice}")
+    known = toolerrors.advice(log, toolerrors.GGUF)
+    return TurboquantError(
+        f"{path} {known or f'is damaged or incomplete ({toolerrors.cause(log)}). Download it again.'}"
+    )
 
 
 def _type_name(number: int) -> str:

@@ -9,11 +9,12 @@ from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
-from typing import Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..core.owner import Owner
 from ..core.signals import deferred
 from ..errors import TurboquantError
 from . import cachefacts, ggml
@@ -28,7 +29,7 @@ UBATCH = 512
 """Tokens that are computed at once, as llama.cpp's programs do by default."""
 
 
-class Model:
+class Model(Owner):
     """The weights and the vocabulary of a GGUF. A context manager: it owns memory.
 
     gpu_layers: how many of its layers go to a GPU, where this build of llama.cpp knows one. vocabulary_only: no
@@ -50,12 +51,6 @@ class Model:
             self._owned = owned.pop_all()
         self._vocabulary = llama.llama_model_get_vocab(self.handle)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._owned.close()
-
     @property
     def vocabulary_size(self) -> int:
         """Tokens in the vocabulary: what the model's last layer has rows for."""
@@ -68,7 +63,10 @@ class Model:
         return self.bindings.llama_vocab_bos(self._vocabulary) if wanted else None
 
     def tokenize(self, text: str) -> list[int]:
-        """Tokens of a text, with those that the model wants at the beginning. Raises TurboquantError if there are none."""
+        """Tokens of a text, with those that the model wants at the beginning.
+
+        Raises TurboquantError if there are none.
+        """
         data = text.encode()
         room = len(data) + 8
         tokens = (ctypes.c_int32 * room)()
@@ -79,20 +77,12 @@ class Model:
             raise TurboquantError("The model's tokenizer makes no tokens of this text. Give another.")
         return list(tokens[:count])
 
-    def open(
-        self,
-        length: int,
-        types: CacheTypes = EXACT,
-        *,
-        recent_window: RecentWindow | None = None,
-        observer: int | None = None,
-        threads: int | None = None,
-    ) -> Context:
+    def open(self, length: int, types: CacheTypes = EXACT, **options: Any) -> Context:
         """An empty context of the model; `Context` has the arguments."""
-        return Context(self, length, types, recent_window=recent_window, observer=observer, threads=threads)
+        return Context(self, length, types, **options)
 
 
-class Context:
+class Context(Owner):
     """A KV cache for one sequence, and what computes with it. A context manager: it owns memory.
 
     length: the most tokens it holds. types: of the cache. recent_window: None is what the environment says. observer:
@@ -134,12 +124,8 @@ class Context:
         self._log = "".join(model.log[begin:])
         if not self.handle:
             raise tool_error("libllama", 1, self._log)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bindings.llama_free(self.handle)
+        self._owned = ExitStack()
+        self._owned.callback(llama.llama_free, self.handle)
 
     @property
     def memory(self) -> int:

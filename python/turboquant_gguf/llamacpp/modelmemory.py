@@ -10,14 +10,13 @@ import ctypes
 import os
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
-from typing import Self
 
+from ..core.owner import Owner
 from ..errors import TurboquantError
-from . import ggml
+from . import ggml, toolerrors
 from .cachetypes import F16, CacheTypes
-from .toolerrors import advice
 
 UBATCH = 512
 """Tokens that llama-server computes at once, by default."""
@@ -26,7 +25,7 @@ STEP = 256
 """llama.cpp makes every context a multiple of this many tokens."""
 
 MOST_TOKENS = (1 << 31) - STEP
-"""Where counting ends: llama.cpp's lengths are ints."""
+"""The longest context that is counted: llama.cpp's lengths are ints."""
 
 # Where memory may begin to grow linearly: past the sliding window, and past what a batch needs in any case. Whether it
 # does is seen between there and _FAR times as far.
@@ -91,7 +90,8 @@ class Layer:
     """The attention of a layer.
 
     heads, kv_heads: of queries, and of keys and values; 0 where there is no attention. head_size_k, head_size_v: values
-    in a key and in a value. window: tokens it sees, 0 for all. shares: it reads another layer's keys and values.
+    in a key and in a value. window: tokens of its sliding window, 0 without. shares: it reads another layer's keys and
+    values.
     """
 
     heads: int
@@ -111,10 +111,11 @@ class _Contents:
     other: int
 
     def size(self, types: CacheTypes) -> int:
-        return _bytes_of(self.k, types.k) + _bytes_of(self.v, types.v) + self.other
+        """Bytes of a cache of these types with these contents."""
+        return int(self.k * ggml.bits(types.k) / 8) + int(self.v * ggml.bits(types.v) / 8) + self.other
 
 
-class ModelMemory:
+class ModelMemory(Owner):
     """A model in a GGUF file, opened to ask what memory it takes. A context manager.
 
     All sizes are for one sequence, with flash attention, on the CPU back end. path: of split files the first.
@@ -131,12 +132,6 @@ class ModelMemory:
                 raise _refused("llama.cpp cannot load this model")
             owned.callback(ggml.function("turbo_memory_close"), self._memory)
             self._owned = owned.pop_all()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._owned.close()
 
     @cached_property
     def layers(self) -> tuple[Layer, ...]:
@@ -238,8 +233,8 @@ class ModelMemory:
         """
         like = CacheTypes(self._stand_in("k", types.k), self._stand_in("v", types.v))
         measured, contents = self.measure(like, context), self._contents_of(context)
-        window = measured.cache - contents.size(like)
-        return Size(measured.weights, contents.size(types) + window, measured.compute)
+        recent_window = measured.cache - contents.size(like)
+        return Size(measured.weights, contents.size(types) + recent_window, measured.compute)
 
     def _stand_in(self, side: str, type: str) -> str:
         """The type that stands for `type` where only its kind matters: the first of it that was asked for."""
@@ -262,17 +257,4 @@ class ModelMemory:
 
 def _refused(what: str) -> RefusedError:
     log = ggml.function("turbo_memory_errors")().decode(errors="replace")
-    cause = log.partition("\n")[0].partition(": ")[2]  # what follows the name of the function
-    return RefusedError(advice(log) or f"{what}: {cause}.")
-
-
-@cache
-def _block(type: str) -> tuple[int, int]:
-    """How many values a block of the type has, and its bytes."""
-    number = ggml.type_number(type)
-    return ggml.function("ggml_blck_size")(number), ggml.function("ggml_type_size")(number)
-
-
-def _bytes_of(values: int, type: str) -> int:
-    block, size = _block(type)
-    return values * size // block
+    return RefusedError(toolerrors.advice(log) or f"{what}: {toolerrors.cause(log)}.")

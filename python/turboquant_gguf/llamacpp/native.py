@@ -16,7 +16,9 @@ def tool_path(name: str) -> Path:
     """The program called name, such as "llama-server"."""
     path = PACKAGE / "bin" / (f"{name}.exe" if sys.platform == "win32" else name)
     if not path.is_file():
-        raise FileNotFoundError(f"{name} is not in {path.parent}: install this package with `pip install .`, which compiles it")
+        raise FileNotFoundError(
+            f"{name} is not in {path.parent}: install this package with `pip install .`, which compiles it"
+        )
     return path
 
 

@@ -45,18 +45,18 @@ def model(path: Path, console: Console | None = None) -> dict:
 
 
 def build() -> dict:
-    """The versions of this package and of the libraries that compute, and the environment's switches for them."""
+    """The versions of this package and of the libraries that compute, and what `switches` returns."""
     return {"turboquant_gguf": version("turboquant-gguf"), "llama_cpp": _libraries()} | switches()
 
 
 def switches() -> dict[str, str]:
-    """The environment's switches."""
+    """The environment variables among VARIABLES that are set, by the names that results have."""
     rotation = {_ROTATION: os.environ[_ROTATION]} if _ROTATION in os.environ else {}
     return recentwindow.variables() | rotation
 
 
 def switch(to: Mapping[str, str]) -> None:
-    """Make the environment's switches those that `switches` said elsewhere."""
+    """Set the environment variables that `switches` returned elsewhere, and no others of VARIABLES."""
     recentwindow.set_variables(to)
     os.environ.pop(_ROTATION, None)
     os.environ |= {name: value for name, value in to.items() if name == _ROTATION}

@@ -44,10 +44,10 @@ class Answer:
 
 
 class Server:
-    """A llama-server that is up. url: its address; facts: its KV cache in effect."""
+    """A llama-server that is up. url: its address; facts: its KV cache in effect; process: it."""
 
     def __init__(self, process: subprocess.Popen, log_file: Path):
-        self._process = process
+        self.process = process
         self._log_file = log_file
         self.url = ""
         self.facts: CacheFacts | None = None
@@ -85,7 +85,7 @@ class Server:
     def failure(self) -> TurboquantError:
         """Why it does not answer, from its exit code and its log."""
         try:
-            returncode = self._process.wait(1)  # a dying server closes its sockets a little before it is gone
+            returncode = self.process.wait(1)  # a dying server closes its sockets a little before it is gone
         except subprocess.TimeoutExpired:
             returncode = None
         return tool_error("llama-server", returncode, self.log())
@@ -120,7 +120,7 @@ class Server:
 
     def _wait_until_ready(self, asked: CacheTypes) -> None:
         deadline = time.monotonic() + START_SECONDS
-        while self._process.poll() is None and time.monotonic() < deadline:
+        while self.process.poll() is None and time.monotonic() < deadline:
             log = self.log()
             if listening := re.search(r"listening on (http://\S+)", log):
                 self.url = listening[1]

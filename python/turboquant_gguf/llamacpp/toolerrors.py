@@ -1,4 +1,4 @@
-"""Says in a sentence why a llama.cpp tool failed, from its log."""
+"""What the user can do about a tool that failed, in a sentence, from what the tool logged."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from pathlib import Path
 
 from ..errors import TurboquantError
 
-# What a log says, and what the user can do ({0}, {1}: the groups). The first pattern that matches decides.
-_ADVICE = (
+Advice = tuple[tuple[str, str], ...]
+"""What a log says (a regular expression), and what the user can do; {0} and {1} are its groups, other names are facts
+that the caller knows. The first pattern that matches decides."""
+
+LLAMA_CPP: Advice = (
     (
         r"head size of (\d+)\. Cache types that work for it: (.*)",
         "This model's heads hold {0} values, which are not whole blocks of the cache type. Types that work: {1}.",
@@ -38,6 +41,38 @@ _ADVICE = (
     ),
     (r"unknown model architecture", "The llama.cpp in this package is older than the model's architecture."),
 )
+GGUF: Advice = (
+    (r"GGUFv1", "is a GGUF of version 1, which llama.cpp has given up. Convert the model again."),
+    (r"only supports up to version", "is a GGUF of a version newer than the llama.cpp in this package."),
+    (r"endianness", "is a GGUF for machines of the other byte order. Convert it with gguf-convert-endian."),
+    (
+        r"(tensor '.*') has invalid ggml type",
+        "has a {0} of a type unknown here. It is newer than the llama.cpp in this package, or damaged.",
+    ),
+)
+"""What ggml logs where it refuses a file; the sentences begin with the name of the file."""
+
+PIP: Advice = (
+    (
+        r"No module named pip",
+        "This Python ({python}) has no pip, which fetches {title}. Install it: {python} -m ensurepip",
+    ),
+    (
+        r"DO NOT MATCH THE HASHES",
+        "The download of {title} arrived damaged or altered (its hash is wrong) and was thrown away. Try again; if "
+        "it stays so, a proxy or package mirror serves another file.",
+    ),
+    (r"No space left on device", "The disk filled up while fetching {title}. Free some space."),
+)
+PIP_NETWORK: Advice = (
+    (
+        r"NewConnectionError|Connection refused|Name or service|name resolution|Network is unreachable"
+        r"|[Tt]imed? ?out|ProxyError|Could not fetch URL|Failed to establish|SSLError|from versions: none",
+        "The package index that serves {title} cannot be reached. Check the network or pip's proxy settings, or "
+        "use a model of your own: --model my.gguf",
+    ),
+)
+
 _TAIL_LINES = 8
 
 
@@ -76,10 +111,18 @@ def crash(files: Sequence[str], number: signal.Signals, log: str) -> TurboquantE
     )
 
 
-def advice(log: str) -> str | None:
-    """What the user can do about the first error in `log` that is known here, in a sentence or two."""
-    found = ((re.search(pattern, log), text) for pattern, text in _ADVICE)
-    return next((text.format(*match.groups()) for match, text in found if match), None)
+def advice(log: str, table: Advice = LLAMA_CPP, **facts: str) -> str | None:
+    """What the user can do about the first error of `table` that is in `log`, in a sentence or two; None without one.
+
+    facts: what the sentences name besides what the log says.
+    """
+    found = ((re.search(pattern, log), text) for pattern, text in table)
+    return next((text.format(*match.groups(), **facts) for match, text in found if match), None)
+
+
+def cause(log: str) -> str:
+    """What the first line of a log of C code says, without the name of the function that it begins with."""
+    return log.partition("\n")[0].partition(": ")[2]
 
 
 def _end_of(log: str) -> str:

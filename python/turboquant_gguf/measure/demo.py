@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
 from textwrap import shorten
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
-from ..core import progress
+from ..core import progress, tables
+from ..core.tables import Table
 from ..core.units import MIB
 from ..llamacpp import perplexity, server
+from ..llamacpp.cachefacts import CacheFacts
 from ..llamacpp.cachetypes import CacheTypes
 from ..llamacpp.models import DEFAULT_MODEL, fetch_with_bar
 from ..llamacpp.toolerrors import check_model_file
@@ -61,27 +62,22 @@ def demo(
     path = model or fetch_with_bar(DEFAULT_MODEL, console)
     check_model_file(path)
     console.print(f"[bold]{escape(path.name)}[/] is asked: [italic]{escape(shorten(prompt, 200))}[/]")
-    return [_measure(path, pair, prompt, context, max_tokens, threads, port, console) for pair in pairs]
+    found = []
+    for pair in pairs:
+        console.rule(f"[bold]{pair}[/]", align="left")
+        place = {"context": context, "port": port, "threads": threads, "extra_args": ("--parallel", "1")}
+        with server.running(path, pair, **place) as running:
+            live = _WrappedText(console)
+            answer = running.ask(prompt, max_tokens=max_tokens, on_text=live.write)
+            live.end()
+        quality = _perplexity_with_bar(path, pair, threads, console)
+        found.append(_measurement(pair, running.facts, answer, quality))
+    return found
 
 
-def _measure(
-    model: Path,
-    types: CacheTypes,
-    prompt: str,
-    context: int,
-    max_tokens: int,
-    threads: int | None,
-    port: int,
-    console: Console,
+def _measurement(
+    types: CacheTypes, facts: CacheFacts, answer: server.Answer, quality: perplexity.Perplexity
 ) -> Measurement:
-    console.rule(f"[bold]{types}[/]", align="left")
-    place = {"port": port, "threads": threads, "extra_args": ("--parallel", "1")}
-    with server.running(model, types, context=context, **place) as running:
-        live = _WrappedText(console)
-        answer = running.ask(prompt, max_tokens=max_tokens, on_text=live.write)
-        live.end()
-        facts = running.facts
-    quality = _perplexity_with_bar(model, types, threads, console)
     return Measurement(
         types=str(types),
         type_k=types.k,
@@ -106,6 +102,7 @@ class _WrappedText:
         self._word = ""
 
     def write(self, text: str) -> None:
+        """Print what comes next, but for the last word, which may go on."""
         for character in text:
             if not character.isspace():
                 self._word += character
@@ -117,6 +114,7 @@ class _WrappedText:
                 self._gap += character
 
     def end(self) -> None:
+        """Print the last word, and an empty line."""
         self._flush()
         self._break()
         self._break()
@@ -143,25 +141,22 @@ def _perplexity_with_bar(
 ) -> perplexity.Perplexity:
     with as_file(files("turboquant_gguf") / "data" / "demo.txt") as text, progress.bar(console) as bar:
         task = bar.add_task(f"measuring perplexity with {types}", total=None)
-        return perplexity.measure(
-            model, types, text, threads=threads, on_chunk=lambda done, total: bar.update(task, completed=done, total=total)
-        )
+
+        def on_chunk(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        return perplexity.measure(model, types, text, threads=threads, on_chunk=on_chunk)
 
 
-def table(measurements: Iterable[Measurement]) -> Table:
-    """The measurements as one table of at most 80 columns, compared with f16 where f16 was measured."""
-    measurements = list(measurements)
+def table(measurements: Sequence[Measurement]) -> Table:
+    """The measurements, at most 80 columns wide, compared with f16 where f16 was measured."""
     base = next((m for m in measurements if m.types == "f16"), None)
-    grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    grid.add_column("cache\ntype", no_wrap=True)
-    headings = (
-        f"MiB for\n{measurements[0].context} tokens", "smaller\nthan f16", "tokens\nin 1 GiB", "decode\ntokens/s",
-        "\nperplexity", "against\nf16",
+    columns = tables.columns(
+        "cache\ntype", f"MiB for\n{measurements[0].context} tokens", "smaller\nthan f16", "tokens\nin 1 GiB",
+        "decode\ntokens/s", "\nperplexity", "against\nf16",
     )  # fmt: skip
-    for heading in headings:
-        grid.add_column(heading, justify="right", no_wrap=True)
-    for m in measurements:
-        grid.add_row(
+    rows = [
+        [
             m.types,
             f"{m.cache_bytes / MIB:.1f}",
             f"{base.cache_bytes / m.cache_bytes:.2f}x" if base else "-",
@@ -169,13 +164,10 @@ def table(measurements: Iterable[Measurement]) -> Table:
             f"{m.decode_speed:.1f}",
             f"{m.perplexity:.2f}",
             f"{m.perplexity / base.perplexity - 1:+.1%}" if base else "-",
-        )
-    return grid
-
-
-def as_json(measurements: Iterable[Measurement]) -> list[dict]:
-    """The measurements as plain values, field by field."""
-    return [asdict(m) for m in measurements]
+        ]
+        for m in measurements
+    ]
+    return Table("Cache types", columns, {"": rows})
 
 
 def _three_digits(count: int) -> str:

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from ..kinds import Finding, Kind
-from .store import Measurement, Store
+from .store import Measurement, Store, text_of
 
 
 def of_kind(store: Store, kind: type[Kind]) -> list[Finding]:
-    """What there is of a kind, the oldest first. A kind that wants a machine for itself is apart for each machine."""
+    """Findings of a kind, the oldest first; of a kind that wants a machine for itself, apart for each machine."""
     return _of_rows(kind, store.all(kind.name))
 
 
 def of_work(store: Store, done: Sequence[Kind]) -> list[Finding]:
-    """What there is of pieces of work, each of the same kind."""
+    """Findings from the rows of these pieces of work, all of one kind."""
     if not done:
         return []
     kind = type(done[0])
-    wanted = {(one.facts["fingerprint"], _text(one.settings)): one.parts for one in done}
+    wanted = {(one.facts["fingerprint"], text_of(one.settings)): one.parts for one in done}
     rows = []
     for row in store.all(kind.name):
-        parts = wanted.get((row.model["fingerprint"], _text(row.settings)), {})
+        parts = wanted.get((row.model["fingerprint"], text_of(row.settings)), {})
         if row.types in parts.get(row.part, ()):
             rows.append(row)
     return merged(kind, _of_rows(kind, rows))
@@ -66,15 +65,11 @@ def alike(found: Iterable[Finding], what: Callable[[Finding], Any]) -> Iterator[
 
 def unique(facts: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The facts without repetitions."""
-    return list({_text(one): one for one in facts}.values())
+    return list({text_of(one): one for one in facts}.values())
 
 
 def _groups(things: Iterable[Any], key: Callable[[Any], Any]) -> Iterator[list[Any]]:
     groups: dict[str, list[Any]] = {}
     for thing in things:
-        groups.setdefault(_text(key(thing)), []).append(thing)
+        groups.setdefault(text_of(key(thing)), []).append(thing)
     yield from groups.values()
-
-
-def _text(facts: Any) -> str:
-    return json.dumps(facts, sort_keys=True)

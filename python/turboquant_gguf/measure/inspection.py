@@ -12,7 +12,7 @@ from ..core import units
 from ..errors import TurboquantError
 from ..llamacpp.cachetypes import F16, CacheTypes, UnknownTypeError
 from ..llamacpp.ggufile import Array, GGUFModel
-from ..llamacpp.modelmemory import UBATCH, ModelMemory
+from ..llamacpp.modelmemory import UBATCH, Layer, ModelMemory
 
 DEFAULT_TYPES = ("f16", "q8_0", "q5_0", "q4_0", "turbo4", "turbo3", "turbo2")
 PREFIX = "turboquant."
@@ -30,16 +30,10 @@ _NOT_A_MODEL = {
 
 
 @dataclass(frozen=True)
-class AttentionGroup:
-    """Layers of the same attention: how many, and what `modelmemory.Layer` says of each."""
+class AttentionGroup(Layer):
+    """Layers of the same attention: what is said of each, and how many they are."""
 
     layers: int
-    heads: int
-    kv_heads: int
-    head_size_k: int
-    head_size_v: int
-    window: int
-    shares: bool
 
 
 @dataclass(frozen=True)
@@ -107,8 +101,10 @@ class Report:
     """All that is known of a GGUF file. None or empty: the file does not say.
 
     kind: general.type, such as "model" or "adapter". parameters: values in all tensors. file_bytes, weight_bytes: of
-    all files, and of the tensors in them. turboquant: metadata of this project. attention: the layers that have any.
-    caches: None if there are none, and then no_caches says why, or error why llama.cpp does not take the model.
+    all files, and of the tensors in them. turboquant: metadata of this project. values_rotated: whether the weights
+    rotate the values, so that the cache need not. keys_calibrated: whether quantized keys are stored centred and
+    scaled. attention: the layers that have any. caches: None if there are none, and then no_caches says why, or error
+    why llama.cpp does not take the model.
     """
 
     files: list[str]
@@ -121,22 +117,14 @@ class Report:
     tensors: list[TensorGroup]
     tokenizer: Tokenizer | None
     turboquant: dict[str, Any]
+    values_rotated: bool
+    keys_calibrated: bool
     layers: int | None
     trained_context: int | None
     attention: list[AttentionGroup] = field(default_factory=list)
     caches: Caches | None = None
     no_caches: str = ""
     error: str = ""
-
-    @property
-    def values_rotated(self) -> bool:
-        """Whether the weights rotate the values, so that the cache need not: what llama.cpp goes by."""
-        return f"{PREFIX}values.version" in self.turboquant
-
-    @property
-    def keys_calibrated(self) -> bool:
-        """Whether quantized keys are stored centred and scaled: what llama.cpp goes by."""
-        return f"{PREFIX}keys.version" in self.turboquant
 
 
 def inspect(*, file: Path, types: Sequence[str] = DEFAULT_TYPES, memory: int | None = None) -> Report:
@@ -158,7 +146,7 @@ def inspect(*, file: Path, types: Sequence[str] = DEFAULT_TYPES, memory: int | N
         with ModelMemory(path) as measured:
             report.layers = len(measured.layers)
             report.attention = [
-                AttentionGroup(count, **asdict(layer))
+                AttentionGroup(**asdict(layer), layers=count)
                 for layer, count in Counter(layer for layer in measured.layers if layer.kv_heads).items()
             ]
             report.no_caches = _no_caches(measured)
@@ -167,15 +155,6 @@ def inspect(*, file: Path, types: Sequence[str] = DEFAULT_TYPES, memory: int | N
     except TurboquantError as error:
         report.error = str(error)
     return report
-
-
-def as_json(report: Report) -> dict:
-    """The report as plain values, field by field."""
-    return {
-        **asdict(report),
-        "values_rotated": report.values_rotated,
-        "keys_calibrated": report.keys_calibrated,
-    }
 
 
 def _single_types(types: Sequence[str]) -> tuple[str, ...]:
@@ -206,6 +185,8 @@ def _read(model: GGUFModel) -> Report:
         ],
         tokenizer=_tokenizer(metadata),
         turboquant={key: _plain(value) for key, value in metadata.items() if key.startswith(PREFIX)},
+        values_rotated=f"{PREFIX}values.version" in metadata,  # what llama.cpp goes by, as the next
+        keys_calibrated=f"{PREFIX}keys.version" in metadata,
         layers=_of_kind(int, metadata, f"{architecture}.block_count"),
         trained_context=_of_kind(int, metadata, f"{architecture}.context_length"),
     )

@@ -1,4 +1,4 @@
-"""What `inspection` found, as text of at most 80 columns."""
+"""What `inspection` found, as text for a terminal."""
 
 from __future__ import annotations
 
@@ -7,15 +7,13 @@ from collections.abc import Callable, Iterable, Iterator
 
 from rich.console import Group, RenderableType
 from rich.markup import escape
-from rich.table import Table
 
+from ..core import tables
+from ..core.tables import Column, Table, count
 from ..core.units import count_text, size_text
 from ..llamacpp.cachetypes import CacheTypes
 from ..llamacpp.modelmemory import MOST_TOKENS
 from .inspection import AttentionGroup, Caches, Pair, Report
-
-COLUMNS = 8
-"""Types side by side in a matrix: as many as fit."""
 
 _SHOWN_ELEMENTS = 8
 """Arrays of more are counted, not shown."""
@@ -27,14 +25,9 @@ def heading(report: Report) -> str:
     return f"[bold]{escape(report.files[0])}[/]{others}"
 
 
-def facts(report: Report) -> Table:
+def facts(report: Report) -> RenderableType:
     """What the file says, a line each."""
-    grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
-    grid.add_column(style="bold", no_wrap=True)
-    grid.add_column()
-    for name, text in _facts(report):
-        grid.add_row(name, escape(text))
-    return grid
+    return tables.facts(_facts(report))
 
 
 def _facts(report: Report) -> Iterator[tuple[str, str]]:
@@ -51,7 +44,7 @@ def _facts(report: Report) -> Iterator[tuple[str, str]]:
         yield "head size", keys if keys == values else f"{keys} for keys; {values} for values"
     if any(group.window for group in report.attention):
         windows = [group for group in report.attention if group.window]
-        yield "sliding window", f"{windows[0].window} tokens ({_layers(sum(group.layers for group in windows))})"
+        yield "sliding window", f"{windows[0].window} tokens ({count(sum(group.layers for group in windows), 'layer')})"
     if report.trained_context is not None:
         yield "trained context", f"{report.trained_context} tokens"
     yield "file", f"{size_text(report.file_bytes)}, of which weights {size_text(report.weight_bytes)}"
@@ -78,11 +71,7 @@ def _by_layer(attention: Iterable[AttentionGroup], name: str) -> str:
         counts[getattr(group, name)] += group.layers
     if len(counts) == 1:
         return str(next(iter(counts)))
-    return ", ".join(f"{value} ({_layers(count)})" for value, count in counts.items())
-
-
-def _layers(count: int) -> str:
-    return f"{count} layer{'s' * (count != 1)}"
+    return ", ".join(f"{value} ({count(layers, 'layer')})" for value, layers in counts.items())
 
 
 def _tokenizer(report: Report) -> str:
@@ -91,12 +80,10 @@ def _tokenizer(report: Report) -> str:
     return f"{model}, {tokenizer.tokens} tokens, {'a' if tokenizer.chat_template else 'no'} chat template"
 
 
-def tensors(report: Report) -> Table:
+def tensors(report: Report) -> RenderableType:
     """The types of the tensors."""
-    grid = _grid("tensor type", "tensors", "size", "share")
-    for group in report.tensors:
-        grid.add_row(group.type, str(group.tensors), size_text(group.bytes), f"{group.share:.1%}")
-    return grid
+    rows = [[group.type, str(group.tensors), size_text(group.bytes), f"{group.share:.1%}"] for group in report.tensors]
+    return _shown(tables.columns("tensor type", "tensors", "size", "share"), rows)
 
 
 def caches(report: Report) -> Group:
@@ -106,10 +93,10 @@ def caches(report: Report) -> Group:
     fit = found.memory is not None and found.weights < found.memory
     if not found.together:
         parts += ["[bold]Bytes of cache for a token[/] (rows: keys, columns: values)"]
-        parts += [*_matrices(found, lambda pair: str(pair.bytes_per_token)), ""]
+        parts += [_matrix(found, lambda pair: str(pair.bytes_per_token)), ""]
     if fit and not found.together:
         parts += [f"[bold]Longest context in {size_text(found.memory)}, in tokens[/] (rows: keys, columns: values)"]
-        parts += [*_matrices(found, lambda pair: _tokens(pair.longest_context, _short)), ""]
+        parts += [_matrix(found, lambda pair: _tokens(pair.longest_context, _short)), ""]
     parts += [_equal_types(found, report.trained_context, fit), "", *_notes(found, report.trained_context)]
     if found.memory is not None and not fit:
         needed, given = size_text(found.weights), size_text(found.memory)
@@ -117,34 +104,33 @@ def caches(report: Report) -> Group:
     return Group(*parts)
 
 
-def _matrices(found: Caches, cell: Callable[[Pair], str]) -> Iterator[Table]:
-    """The matrix, in several tables if it is too wide for one."""
+def _matrix(found: Caches, cell: Callable[[Pair], str]) -> RenderableType:
     pairs = {(pair.type_k, pair.type_v): pair for pair in found.pairs}
-    for first in range(0, len(found.types), COLUMNS):
-        columns = found.types[first : first + COLUMNS]
-        grid = _grid("", *columns)
-        for row in found.types:
-            grid.add_row(f"[bold]{row}[/]", *("-" if pairs[row, v].refusal else cell(pairs[row, v]) for v in columns))
-        yield grid
+    rows = [[k, *("-" if pairs[k, v].refusal else cell(pairs[k, v]) for v in found.types)] for k in found.types]
+    return _shown([Column("", words=True, style="bold"), *map(Column, found.types)], rows)
 
 
-def _equal_types(found: Caches, trained: int | None, fit: bool) -> Table:
+def _equal_types(found: Caches, trained: int | None, fit: bool) -> RenderableType:
     """Keys and values of the same type."""
     headings = ["keys and\nvalues", "bytes for\na token", "smaller\nthan f16"]
     headings += [f"cache for\n{trained} tokens"] if trained else []
     headings += ["longest\ncontext", "times\nf16"] if fit else []
-    grid = _grid(*headings)
+    rows = []
     for pair in found.pairs:
         if pair.type_k != pair.type_v:
             continue
         if pair.refusal:
-            grid.add_row(pair.type_k, *["-"] * (len(headings) - 1))
+            rows.append([pair.type_k, *["-"] * (len(headings) - 1)])
             continue
         cells = [pair.type_k, str(pair.bytes_per_token), _times(pair.smaller_than_f16)]
         cells += [size_text(pair.trained_bytes)] if trained else []
         cells += [_tokens(pair.longest_context, str), _times(pair.times_f16)] if fit else []
-        grid.add_row(*cells)
-    return grid
+        rows.append(cells)
+    return _shown(tables.columns(*headings), rows)
+
+
+def _shown(columns: list[Column], rows: list[list[str]]) -> RenderableType:
+    return tables.Shown(Table("", columns, {"": rows}))
 
 
 def _notes(found: Caches, trained: int | None) -> Iterator[str]:
@@ -169,13 +155,6 @@ def _notes(found: Caches, trained: int | None) -> Iterator[str]:
         )
     if found.memory is not None and trained and any((pair.longest_context or 0) > trained for pair in found.pairs):
         yield f"The model was trained for {trained} tokens. Beyond them it needs RoPE scaling (llama-server --help)."
-
-
-def _grid(*headings: str) -> Table:
-    grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for heading in headings:
-        grid.add_column(heading, justify="left" if heading == headings[0] else "right", no_wrap=True)
-    return grid
 
 
 def _times(ratio: float | None) -> str:

@@ -8,12 +8,12 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from ..core import texts
 from ..core.units import size_text
 from ..errors import TurboquantError
 from ..kinds import Finding, quality
@@ -34,10 +34,10 @@ _TIMES_WINDOW = 4  # in a context of that many recent windows, most of what is r
 class Candidate:
     """Cache types that llama.cpp takes for the model.
 
-    bits: a value. size: bytes of weights, cache and buffers at the context asked for; fits: in the memory asked for.
-    longest_context: tokens that fit. measured: KL divergence from f16 (nats a token) of this model, None if it was not
-    measured. predicted: that of the reference model, times how much more or less than it this model loses with the
-    types that were measured.
+    bits: of storage for a value. size: bytes of weights, cache and buffers at the context asked for. fits: whether that
+    is at most the memory asked for. longest_context: tokens that fit. measured: KL divergence from f16 (nats a token)
+    of this model, None if it was not measured. predicted: that of the reference model, times how much more or less than
+    it this model loses with the types that were measured.
     """
 
     types: str
@@ -50,7 +50,7 @@ class Candidate:
 
     @property
     def loss(self) -> float:
-        """As measured, or else as predicted."""
+        """KL divergence from f16 in nats a token: measured, or else predicted."""
         return self.predicted if self.measured is None else self.measured
 
 
@@ -109,8 +109,8 @@ class Reference:
 
 @cache
 def reference(calibrated: bool) -> Reference:
-    """Of the reference model as it is, or with calibrated keys; written by tools/quality_table.py."""
-    table = json.loads(files("turboquant_gguf").joinpath("data/reference.json").read_text("utf-8"))
+    """The losses of the reference model, as it is or with calibrated keys; tools/quality_table.py measures them."""
+    table = json.loads(texts.bundled("reference.json"))
     return Reference(table["model"], table["text"], table["calibrated" if calibrated else "as it is"])
 
 
@@ -183,14 +183,14 @@ def _measured(
     groups: dict[str, list[Finding]] = {}
     left_out: dict[str, None] = {}
     for path in paths:
-        with Store(path, read_only=True) as store, store.reading():
-            for one in findings.of_kind(store, Quality):
+        with Store(path, read_only=True) as opened, opened.reading():
+            for one in findings.of_kind(opened, Quality):
                 if one.model["fingerprint"] != facts["fingerprint"]:
                     continue
                 if reason := _not_comparable(one.settings, context):
                     left_out[reason] = None
                 else:
-                    groups.setdefault(json.dumps(one.settings, sort_keys=True), []).append(one)
+                    groups.setdefault(store.text_of(one.settings), []).append(one)
     sets = [_merged(same) for same in groups.values()]
     if not sets:
         return {}, None, list(left_out)

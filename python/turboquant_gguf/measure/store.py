@@ -14,7 +14,7 @@ import sqlite3
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -35,7 +35,7 @@ CREATE TABLE IF NOT EXISTS measurement (
     type_k   TEXT    NOT NULL,
     type_v   TEXT    NOT NULL,
     settings TEXT    NOT NULL, -- JSON: what the result depends on
-    part     INTEGER NOT NULL, -- of a measurement that is made piece by piece, such as a window of a text
+    part     INTEGER NOT NULL, -- of a measurement that is made piece by piece, such as a chunk of a text
     value    BLOB    NOT NULL, -- what came out; its form is the kind's own
     machine  TEXT    NOT NULL, -- JSON
     time     TEXT    NOT NULL  -- UTC, ISO 8601
@@ -59,17 +59,17 @@ CREATE UNIQUE INDEX IF NOT EXISTS by_settings ON measurement
     (kind, settings, json_extract(model, '$.fingerprint'), type_k, type_v, part, machine);
 """
 
-_WAIT_SECONDS = 60  # for another process to let go of the file
+WAIT_SECONDS = 60  # for another process to let go of the file
 POLL_SECONDS = 1
-_ALIVE_SECONDS = 15
-_DEAD_SECONDS = 120
-"""Whoever claimed something says every _ALIVE_SECONDS that it is alive, and is taken for dead after _DEAD_SECONDS."""
+ALIVE_SECONDS = 15
+DEAD_SECONDS = 120
+"""Whoever claimed something says every ALIVE_SECONDS that it is alive, and is taken for dead after DEAD_SECONDS."""
 
 # What SQLite reports, by its primary result code, and what the user can do.
 _ADVICE = {
     sqlite3.SQLITE_BUSY: "is being written by another process. Wait for that to end, or stop it.",
     sqlite3.SQLITE_LOCKED: "is being written by another process. Wait for that to end, or stop it.",
-    sqlite3.SQLITE_READONLY: "cannot be written. Change its permissions or those of its folder, or choose another file.",
+    sqlite3.SQLITE_READONLY: "cannot be written. Change its permissions or its folder's, or choose another file.",
     sqlite3.SQLITE_PERM: "may not be opened. Change its permissions, or choose another file.",
     sqlite3.SQLITE_CANTOPEN: "cannot be opened as a file of measurements. See that its folder exists and that you may "
     "write there, or choose another file.",
@@ -122,7 +122,7 @@ class Store:
 
     def _connect(self, mode: str) -> sqlite3.Connection:
         address = f"{self.path.absolute().as_uri()}?mode={mode}"
-        return sqlite3.connect(address, _WAIT_SECONDS, isolation_level=None, uri=True)
+        return sqlite3.connect(address, WAIT_SECONDS, isolation_level=None, uri=True)
 
     def _prepare(self, read_only: bool) -> None:
         version = self._db.execute("PRAGMA user_version").fetchone()[0]
@@ -169,8 +169,8 @@ class Store:
         machine: Mapping[str, Any] | None = None,
     ) -> None:
         """Add a measurement made now, on this machine unless another is given."""
-        row = (kind, _text(model), types.k, types.v, _text(settings), part, value)
-        where = _text(provenance.machine() if machine is None else machine)
+        row = (kind, text_of(model), types.k, types.v, text_of(settings), part, value)
+        where = text_of(provenance.machine() if machine is None else machine)
         with self.reading():
             self._db.execute(
                 "INSERT OR REPLACE INTO measurement (kind, model, type_k, type_v, settings, part, value, machine, time)"
@@ -195,7 +195,7 @@ class Store:
                 "SELECT type_k, type_v, part, value FROM measurement "
                 "WHERE kind = ? AND json_extract(model, '$.fingerprint') = ? AND settings = ? "
                 "AND machine = ifnull(?, machine) ORDER BY id",
-                (kind, model["fingerprint"], _text(settings), machine and _text(machine)),
+                (kind, model["fingerprint"], text_of(settings), machine and text_of(machine)),
             )
             return {(CacheTypes(k, v), part): value for k, v, part, value in rows}
 
@@ -224,22 +224,6 @@ class Store:
     #
     # claims
     #
-
-    @contextmanager
-    def claimed(
-        self, kind: str, model: Mapping[str, Any], settings: Mapping[str, Any], on_wait: Callable[[str], object]
-    ) -> Iterator[None]:
-        """Keeps other processes from measuring this inside the block, which begins once none of them does.
-
-        on_wait: called again and again while we wait, with who measures it.
-        """
-        while other := self.claim(kind, model, settings):
-            on_wait(other)
-            time.sleep(POLL_SECONDS)
-        try:
-            yield
-        finally:
-            self.release(kind, model, settings)
 
     def claim(self, kind: str, model: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
         """Claim these measurements until `release`. Returns who has them, such as "process 12 on box"; empty: we do.
@@ -272,17 +256,17 @@ class Store:
 
     def _beat(self) -> None:
         """Say that we are alive, until the file is closed."""
-        while not self._closed.wait(_ALIVE_SECONDS):
+        while not self._closed.wait(ALIVE_SECONDS):
             with suppress(sqlite3.Error), closing(self._connect("rw")) as db:
                 db.execute("UPDATE claim SET seen = ? WHERE owner = ?", (time.time(), self._owner))
 
 
 def _work(kind: str, model: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
-    return _text({"kind": kind, "fingerprint": model["fingerprint"], "settings": settings})
+    return text_of({"kind": kind, "fingerprint": model["fingerprint"], "settings": settings})
 
 
 def _is_alive(host: str, process: int, seen: float) -> bool:
-    if time.time() - seen > _DEAD_SECONDS:
+    if time.time() - seen > DEAD_SECONDS:
         return False
     if host != socket.gethostname():
         return True
@@ -300,5 +284,6 @@ def _known(type: str) -> str:
     return type
 
 
-def _text(facts: Mapping[str, Any]) -> str:
+def text_of(facts: Any) -> str:
+    """Plain values as JSON, the same text for the same facts: what the file has, and compares."""
     return json.dumps(facts, sort_keys=True, separators=(",", ":"))

@@ -1,4 +1,4 @@
-"""Where the work of a sweep is done: one after the other in processes of their own, or on a Dask cluster.
+"""The work of a sweep, done piece by piece in processes of their own, or on a Dask cluster.
 
 Either way a crash of llama.cpp ends the process of a piece of work, and neither the sweep nor what was measured before.
 """

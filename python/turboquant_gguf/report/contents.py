@@ -17,7 +17,7 @@ VERSIONS = ("turboquant_gguf", "llama_cpp")
 
 @dataclass(frozen=True)
 class Section:
-    """What there is of a model. model: as provenance.model says. findings: by kind, the oldest first.
+    """What was measured with a model. model: as provenance.model says. findings: by kind, the oldest first.
 
     left_out: by kind, the cache types that only earlier builds measured, which are in no finding.
     """
@@ -52,7 +52,7 @@ def _settings(finding: Finding) -> dict[str, Any]:
 
 
 def as_json(sections: Sequence[Section]) -> dict[str, Any]:
-    """All of it as plain values."""
+    """The sections as plain values, for JSON."""
     return {
         "models": [
             {

@@ -16,7 +16,7 @@ _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\0")
 
 
 def columns() -> list[str]:
-    """The names of the columns, those of the kinds' own among them. low, high: over rounds; empty without."""
+    """The names of the columns, with those that kinds have of their own. low, high: the range over several rounds."""
     own = dict.fromkeys(column for kind in KINDS.values() for column in kind.columns)
     model = ("model", "fingerprint", "calibrated", "kind", "conditions", "source", "type_k", "type_v", "bits")
     return [*model, *own, "metric", "value", "stderr", "low", "high"]

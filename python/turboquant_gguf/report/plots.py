@@ -67,7 +67,7 @@ def svg(panel: Panel, theme: Theme) -> bytes:
 
         figure = Figure(figsize=(WIDTH, HEIGHT), **_FIGURE)
         panel.draw(figure.subplots(), theme)
-        _save(figure, buffer, "svg")
+        save(figure, buffer, "svg")
     return buffer.getvalue()
 
 
@@ -103,7 +103,7 @@ def write(sections: Sequence[Section], path: Path, form: str) -> None:
                 panel.draw(axes, PRINT)
         for axes in figure.axes:
             axes.set_visible(axes.has_data())
-        _save(figure, file, form)
+        save(figure, file, form)
 
 
 def _panels_of(section: Section) -> list[Panel]:
@@ -126,7 +126,8 @@ def _themed(theme: Theme) -> Iterator[None]:
         yield
 
 
-def _save(figure: Figure, file: IO[bytes], form: str) -> None:
+def save(figure: Figure, file: IO[bytes] | Path, form: str) -> None:
+    """Write a figure that is laid out as _FIGURE says, its labels apart. form: "png", "svg" or "pdf"."""
     figure.get_layout_engine().execute(figure)
     figure.set_layout_engine("none")
     for axes in figure.axes:

@@ -29,13 +29,13 @@ class Part:
 
     @property
     def title(self) -> str:
-        """The heading."""
+        """The heading of the part."""
         return self.finding.kind.title
 
     @property
     def tables(self) -> list[Table]:
         """The tables, for where heat maps cannot be drawn."""
-        return [self.table, *([_table_of_maps(self.maps)] if self.maps else [])]
+        return [self.table, *([table_of_maps(self.maps)] if self.maps else [])]
 
 
 def parts(section: Section, machines: Sequence[Mapping[str, Any]]) -> list[Part]:
@@ -115,7 +115,8 @@ def provenance(sections: Sequence[Section]) -> list[Table]:
     ]
 
 
-def _table_of_maps(maps: Sequence[HeatMap]) -> Table:
+def table_of_maps(maps: Sequence[HeatMap]) -> Table:
+    """Heat maps of the same lengths as one table: a group for each, a row for each depth, a column for each length."""
     rows = {
         one.types: [[f"{depth:g} %", *map(tables.share, shares)] for depth, shares in one.shares.items()]
         for one in maps
@@ -149,6 +150,6 @@ def terminal(sections: Sequence[Section]) -> Group:
         for part in parts(section, machines):
             lines += ["", f"[bold]{part.title}[/]: {escape(part.conditions)}", f"[dim]{escape(part.source)}[/]"]
             for table in part.tables:
-                lines += ["", *tables.grids(table), *map(escape, table.notes)]
+                lines += ["", tables.Shown(table, gap=1), *map(escape, table.notes)]
         lines += map(escape, left_out(section))
     return Group(*(line for line in lines if line is not None))

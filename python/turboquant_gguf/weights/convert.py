@@ -23,9 +23,9 @@ from typing import Any, BinaryIO
 import numpy as np
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import TextColumn
 
-from ..core import outputfile
+from ..core import outputfile, progress
 from ..errors import TurboquantError
 from ..llamacpp.modelmemory import ModelMemory, RefusedError
 from . import calibration, checkpoint, converter, remotecode, value_rotation
@@ -266,15 +266,9 @@ def _write(writer: Any, path: Path, console: Console) -> int:
     infos = [info for shard in writer.tensors for info in shard.values()]
     size = sum(info.nbytes for info in infos)
     outputfile.check_space(path, size)
-    columns = (
-        TextColumn("Writing"),
-        BarColumn(),
-        DownloadColumn(),
-        TextColumn(f"{{task.fields[tensors]}}/{len(infos)} tensors"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as bar, ThreadPoolExecutor(1) as disk:
-        task = bar.add_task("", total=size, tensors=0)
+    columns = (*progress.BYTES, TextColumn(f"{{task.fields[tensors]}}/{len(infos)} tensors"))
+    with progress.bar(console, columns) as bar, ThreadPoolExecutor(1) as disk:
+        task = bar.add_task("writing", total=size, tensors=0)
         flushed: Future[None] | None = None
 
         def written(number: int, bytes_: int, file: BinaryIO) -> None:

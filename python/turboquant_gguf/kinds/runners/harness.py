@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import difflib
 import json
 import logging
 import os
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...core import environment
+from ...core.messages import nearest
 from ...errors import TurboquantError
 
 if TYPE_CHECKING:
@@ -147,8 +147,7 @@ def _manager(wanted: Sequence[str], folder: Path | None) -> TaskManager:
 
 def _require_known(name: str, manager: TaskManager) -> None:
     if name not in manager.task_index:
-        near = difflib.get_close_matches(name, manager.all_tasks, n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else "lm-eval ls tasks lists those of lm-eval."
+        hint = nearest(name, manager.all_tasks, "lm-eval ls tasks lists those of lm-eval.", most=3)
         raise UnknownTaskError(f"There is no task {name!r}: {hint}")
 
 

@@ -87,7 +87,7 @@ class Needle:
 
     @classmethod
     def draw(cls, rng: random.Random) -> Needle:
-        """Any city, with any number of five digits."""
+        """A needle of a random city and a random number of five digits."""
         return cls(rng.choice(_CITIES), str(rng.randrange(10_000, 100_000)))
 
     @property
