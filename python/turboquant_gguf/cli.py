@@ -51,6 +51,8 @@ cli.add_command(sweep())
 cli.add_command(types)
 cli.add_command(verify)
 for kind in KINDS.values():
+    if kind.command in cli.commands:
+        raise TypeError(f"{kind.__module__}: there is a command {kind.command!r} already")
     cli.add_command(measurement(kind))
 
 

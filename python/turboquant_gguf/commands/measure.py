@@ -59,6 +59,16 @@ def parameters(of: Iterable[tuple[Option, type[Kind] | None]]) -> list[click.Opt
     return found
 
 
+def distinct(made: click.Command) -> click.Command:
+    """The command. Raises TypeError if two of its options have the same name."""
+    seen: set[str] = set()
+    for one in made.params:
+        if twice := seen & {*one.opts, *one.secondary_opts}:
+            raise TypeError(f"{made.name}: two options are called {min(twice)}. One of them needs another name.")
+        seen |= {*one.opts, *one.secondary_opts}
+    return made
+
+
 def command(kind: type[Kind]) -> click.Command:
     """The subcommand of a kind of measurement."""
 
@@ -112,7 +122,7 @@ def command(kind: type[Kind]) -> click.Command:
     for add in (options.window, options.threads, _results, options.cluster):
         made = add(made)
     made = options.plot_file("what was measured")(made)
-    return options.json("what was done and found")(options.force(made))
+    return distinct(options.json("what was done and found")(options.force(made)))
 
 
 def _results(made: click.Command) -> click.Command:
