@@ -23,7 +23,7 @@ from turboquant_gguf.kinds import KINDS, Finding, Kind
 from turboquant_gguf.kinds.base import Failure, Row, Step, Work, option, register
 from turboquant_gguf.llamacpp import provenance
 from turboquant_gguf.measure import workers
-from turboquant_gguf.measure.sweep import measure, sweep
+from turboquant_gguf.measure.sweep import Outcome, measure, sweep
 
 
 @dataclass(frozen=True)
@@ -158,6 +158,24 @@ def test_options_of_the_same_name_are_refused(letters, monkeypatch):
     monkeypatch.setattr(Letters, "options", (option("--repetitions", sweep=True, help="R."),))
     with pytest.raises(TypeError, match="sweep: two options are called --repetitions"):
         sweep_module.command()
+
+
+@pytest.mark.parametrize(
+    "required, asked, measured", [(False, [], False), (True, [], False), (True, ["--more", "2"], True)]
+)
+def test_a_kind_out_of_sweep_is_measured_only_if_asked_for(letters, monkeypatch, required, asked, measured):
+    monkeypatch.setattr(Letters, "in_sweep", False)
+    monkeypatch.setattr(Letters, "options", (option("--more", type=int, sweep=True, required=required, help="M."),))
+    seen = {}
+
+    def record(models, kinds, **more):
+        seen.update(kinds)
+        return Outcome(Path("r.sqlite"))
+
+    monkeypatch.setattr(sweep_module.library, "sweep", record)
+    done = CliRunner().invoke(sweep_module.command(), ["any.gguf", "--measure", "speed", *asked])
+    assert done.exit_code == 0, done.output
+    assert ("letters" in seen) == measured and "speed" in seen
 
 
 @pytest.mark.parametrize(

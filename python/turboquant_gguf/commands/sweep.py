@@ -94,8 +94,8 @@ def sweep(
     kinds = {}
     for kind in KINDS.values():
         own = {one.parameter: settings[one.parameter] for one in kind.options if one.sweep}
-        asked = all(own[one.parameter] for one in kind.options if one.more.get("required"))
-        if kind.name in measure or (not kind.in_sweep and asked):
+        required = [own[one.parameter] for one in kind.options if one.sweep and one.more.get("required")]
+        if kind.name in measure or (not kind.in_sweep and required and all(required)):
             kinds[kind.name] = own
     common = {"types": types.split(","), "threads": threads, "results": results, "cluster": cluster}
     outcome = library.sweep(models, kinds, **common, console=console)

@@ -33,7 +33,7 @@ Types = tuple[CacheTypes, ...]
 
 @dataclass(frozen=True)
 class Row:
-    """A measurement of these types in this part. value: in the form that `Kind.summarize` reads, by default a JSON array."""
+    """A measurement of these types in this part. value: as `Kind.summarize` reads it, by default a JSON array."""
 
     types: CacheTypes
     value: bytes
@@ -54,9 +54,9 @@ class Failure:
 class Option:
     """An option of a kind's command. names, more: as click.Option takes them.
 
-    sweep: whether `sweep` has it as well, where options of all kinds stand together and no name may be there twice; an
-    option without it is not given to `plan` there. sweep_default: what it is there, if that is something else. old_name:
-    one that still works, and warns.
+    sweep: whether `sweep` has it as well, where options of all kinds stand together and no name may be there twice;
+    `plan` is not given the others there. sweep_default: what it is there, if that is something else. old_name: one
+    that still works, and warns.
     """
 
     names: tuple[str, ...]
@@ -132,7 +132,7 @@ class Kind(ABC):
     parts: which cache types to measure in each part (a chunk of a text, a round, a trial), by the part's number.
     facts: provenance.model of the model, whose fingerprint must be the same everywhere.
 
-    A subclass is a frozen dataclass, too, whose own fields, plain values, follow these four. `register` checks the rest.
+    A subclass is a frozen dataclass, too; its own fields, plain values, follow these four. `register` checks the rest.
     """
 
     name: ClassVar[str]
@@ -147,13 +147,13 @@ class Kind(ABC):
     note: ClassVar[str] = ""
     """A sentence below the table of its command, on what the columns mean."""
     reading: ClassVar[tuple[tuple[str, str], ...]] = ()
-    """How to read its findings, in paragraphs of a page: the words each begins with, which are emphasized, and the rest."""
+    """How to read its findings, in paragraphs: the words that each begins with, which are emphasized, and the rest."""
     options: ClassVar[tuple[Option, ...]] = ()
     default_types: ClassVar[tuple[str, ...]] = ("f16", "turbo4")
     default_model: ClassVar[str | None] = None
     """The model of models.catalogue that the command takes if it is given none."""
     in_sweep: ClassVar[bool] = True
-    """Whether `sweep` measures it without being asked."""
+    """Whether `sweep` measures it without being asked. If not, it does where its required options are given there."""
     alone: ClassVar[bool] = False
     """Whether it wants a machine for itself, and says something of that machine alone."""
     part: ClassVar[str] = "part"
