@@ -163,6 +163,59 @@ def test_reference_gives_the_vectors():
     assert done.returncode == 0, done.stderr
 
 
+# A back end's own test in C: what reads the vectors, with an encoder and a decoder, which are the reference's here, and may
+# be made to fail in a block of turbo3.
+OWN_TEST = """
+#include "check_vectors.h"
+#include "ggml-turbo.h"
+
+static void encode(int k, int n, const float * x, uint8_t * blocks) {
+    for (int i = 0; i < n; ++i) {
+        turbo_quantize_block(turbo_get_codec(k), x + i*QK_TURBO, blocks + i*TURBO_BLOCK_BYTES(k));
+        blocks[i*TURBO_BLOCK_BYTES(k) + 3] ^= WRONG && k == 3 && i == 7;
+    }
+}
+
+static void decode(int k, int n, const uint8_t * blocks, float * y) {
+    for (int i = 0; i < n; ++i) {
+        turbo_dequantize_block(turbo_get_codec(k), blocks + i*TURBO_BLOCK_BYTES(k), y + i*QK_TURBO);
+        y[i*QK_TURBO + 63] *= WRONG && k == 3 && i == 5 ? 1.0000002f : 1;
+    }
+}
+
+int main(int n, char ** argument) {
+    return n == 2 ? turbo_check_vectors(argument[1], encode, decode) : 99;
+}
+"""
+
+
+def test_a_back_end_can_check_the_vectors(tmp_path: Path):
+    if not shutil.which("cc"):
+        pytest.skip("needs a C compiler")
+    (tmp_path / "own.c").write_text(OWN_TEST)
+    (tmp_path / "short.bin").write_bytes((FORMAT / "vectors.bin").read_bytes()[:-1])
+
+    def check(wrong: int, vectors: Path) -> tuple[int, list[str]]:
+        program = tmp_path / f"own{wrong}"
+        flags = ["-Wall", "-Wextra", "-Werror", "-ffp-contract=off", f"-DWRONG={wrong}", "-DGGML_TURBO_STANDALONE"]
+        sources = [tmp_path / "own.c", FORMAT / "turbo-reference.c"]
+        folders = [f"-I{ROOT / 'tests'}", f"-I{FORMAT}"]
+        subprocess.run(["cc", "-std=c11", *flags, *folders, *sources, "-lm", "-o", program], check=True)
+        done = subprocess.run([program, vectors], capture_output=True, text=True)
+        return done.returncode, done.stderr.splitlines()
+
+    assert check(0, FORMAT / "vectors.bin") == (0, [])
+    code, said = check(1, FORMAT / "vectors.bin")
+    assert code == 3 and said == [
+        "turbo3: encoding differs, first in block 7",
+        "turbo3: decoding of the reference's blocks differs, first in block 5",
+        "turbo3: decoding of arbitrary bytes differs, first in block 5",
+    ]
+    for path, problem in ((tmp_path / "short.bin", "is cut short"), (tmp_path / "none", "cannot be opened")):
+        code, said = check(0, path)
+        assert code == 255 and problem in said[-1]
+
+
 def gguf_py(name: str):
     gguf = converter.load()[1]
     qtype = gguf.GGMLQuantizationType[name.upper()]

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 import tomllib
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,7 +42,10 @@ def test_nothing_of_llama_cpp_is_removed(pristine):
 
 
 def test_the_list_is_short_and_its_reasons_stand_alone():
-    assert len(INSERTIONS) <= 55
+    backend = re.compile(r"ggml/src/ggml-(?!cpu/)\w+/")  # one that we have beside the CPU's may have a few of its own
+    of_backends = Counter(found[0] for insertion in INSERTIONS if (found := backend.match(insertion.file)))
+    assert len(INSERTIONS) - of_backends.total() <= 55
+    assert all(count <= 10 for count in of_backends.values())
     assert len({insertion.why for insertion in INSERTIONS}) == len(INSERTIONS)
     for insertion in INSERTIONS:
         assert len(insertion.why.split()) > 3 and not POINTS_ELSEWHERE.match(insertion.why), insertion.why
@@ -159,7 +163,7 @@ def test_a_block_reaches_to_its_end(small, name, content, block):
 
 def test_a_block_without_an_end_is_refused(small):
     (small / "src" / "b.c").write_text("int head() {\n    int late = 1;\n")
-    with pytest.raises(graft.GraftError, match="begins a block that has no end"):
+    with pytest.raises(graft.GraftError, match="the block has no end"):
         graft.insert(small, [replace(INSERTION, file="src/b.c", blocks=("int head() {",), anchor="late")])
 
 
@@ -171,6 +175,10 @@ def test_a_block_without_an_end_is_refused(small):
         ('file = "a"\nwhy = "w"\nlines = "y"', "needs before or after, once"),
         ('file = "a"\nwhy = "w"\nbefore = "x"\nlines = "y"\ninline = "y"', "needs lines or inline, once"),
         ('file = "a"\nbefore = "x"\nlines = "y"', "needs why, once"),
+        ('file = 3\nwhy = "w"\nbefore = "x"\nlines = "y"', "has a file that is no text"),
+        ('file = "a"\nwhy = "w"\nwithin = ["a", 1]\nbefore = "x"\nlines = "y"', "has a within that is no text"),
+        ('file = "a"\nwhy = "w"\nbefore = ""\nlines = "y"', "has a before that is no text"),
+        ('file = "a"\nwhy = "w"\nbefore = "x"\nlines = "y"', "has lines that do not end with a line break"),
     ],
 )
 def test_an_entry_of_the_list_that_is_not_understood_is_refused(tmp_path, entry, problem):
@@ -180,12 +188,20 @@ def test_an_entry_of_the_list_that_is_not_understood_is_refused(tmp_path, entry,
     (tmp_path / "some.toml").write_text(f"[[inserts]]\n{entry}\n")
     with pytest.raises(graft.GraftError, match="inserts: only"):
         graft.load(tmp_path)
+    (tmp_path / "some.toml").write_text("[[insert]]\nfile\n")
+    with pytest.raises(graft.GraftError, match="some.toml: .*line 2"):
+        graft.load(tmp_path)
+
+
+def test_a_file_that_llama_cpp_does_not_have_says_for_what_it_was_wanted(small):
+    with pytest.raises(graft.GraftError, match=r"src/z.c does not exist: .* Wanted for: tests"):
+        graft.insert(small, [replace(INSERTION, file="src/z.c")])
 
 
 @pytest.mark.parametrize("change, problem", [
-    ({"anchor": "case 3:"}, "the anchor is not there"),
-    ({"blocks": ("int third(",)}, "the anchor is not there"),
-    ({"blocks": ()}, "the anchor stands there more than once"),
+    ({"anchor": "case 3:"}, "the anchor is not there between lines 6 and 10"),
+    ({"blocks": ("int third(",)}, "the block is not there:"),
+    ({"blocks": ()}, "the anchor stands there more than once, as in lines 3 and 8"),
 ])
 def test_an_anchor_that_does_not_fit_stops_with_file_anchor_and_version(small, change, problem):
     with pytest.raises(graft.GraftError) as error:
@@ -394,6 +410,16 @@ def test_a_release_that_fits_and_two_that_do_not(check_pins, cached, capsys):
     counts = {version: (len(one["missing"]), len(one["ambiguous"])) for version, one in found.items()}
     assert counts == {"0.3.36": (0, 0), "0.3.35": (1, 0), "0.3.34": (0, 1)}
     assert all(one["found"] + sum(counts[version]) == one["insertions"] for version, one in found.items())
+
+
+def test_a_list_that_is_not_understood_is_said_in_a_sentence(check_pins, cached, capsys, monkeypatch):
+    def load():
+        raise graft.GraftError("some.toml: the insertion for 'x' has unknown keys: y")
+
+    monkeypatch.setattr(graft, "load", load)
+    cache = cached("0.3.36", check_pins.releases()["0.3.36"])
+    assert check_pins.main(["0.3.36", "--cache", str(cache)]) == 2
+    assert capsys.readouterr().err == "some.toml: the insertion for 'x' has unknown keys: y\n"
 
 
 def test_moving_the_pin_is_one_command(check_pins, copied_pins, cached, capsys, monkeypatch):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,13 +14,16 @@ from click.testing import CliRunner
 from rich.console import Console
 
 import tiny_model
+from turboquant_gguf.cli import cli
+from turboquant_gguf.commands import sweep as sweep_module
 from turboquant_gguf.commands.measure import command
 from turboquant_gguf.commands.report import report as report_command
 from turboquant_gguf.core.tables import TYPE, Column, Table
 from turboquant_gguf.kinds import KINDS, Finding, Kind
 from turboquant_gguf.kinds.base import Failure, Row, Step, Work, option, register
 from turboquant_gguf.llamacpp import provenance
-from turboquant_gguf.measure.sweep import measure, sweep
+from turboquant_gguf.measure import workers
+from turboquant_gguf.measure.sweep import Outcome, measure, sweep
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,100 @@ def test_a_new_kind_goes_through_everything(tiny, letters, tmp_path):
         rows = {(row["type_k"], row["more"], row["value"]) for row in csv.DictReader(file)}
     assert ("turbo2", "4", "10") in rows and ("turbo4", "3", "9") in rows
     assert json.loads((tmp_path / "r.json").read_text())["models"][0]["letters"][0]["counts"] == 2
+
+
+def kind_like_letters(**changes) -> type[Kind]:
+    """Letters of another name, with other members; None takes one away, as far as Kind does not have it."""
+    own = {name: member for name, member in vars(Letters).items() if not name.startswith("__")}
+    members = own | {"name": "other", "command": "other", "__annotations__": {"more": int}} | changes
+    made = type(Kind)("Other", (Kind,), {name: member for name, member in members.items() if member is not None})
+    return made if changes.get("__module__") else dataclass(frozen=True)(made)
+
+
+@pytest.mark.parametrize(
+    "changes, problem",
+    [
+        ({"__module__": "a.file"}, "a.file: the kind Other is no dataclass: @register stands above"),
+        ({"table": None, "numbers": None}, "does not define numbers, table"),
+        ({"title": None, "examples": None}, "does not say title, examples"),
+        ({"name": "speed"}, "has the name of turboquant_gguf.kinds.speed, 'speed'"),
+        ({"command": "bench"}, "has the command of turboquant_gguf.kinds.speed, 'bench'"),
+        (
+            {"options": (option("--most-letters"),)},
+            "has the option --most-letters, and no argument most_letters of plan",
+        ),
+        (
+            {"plan": classmethod(lambda cls, work, *, more: iter(())), "options": (option("--more"),)},
+            "must have a default for more in plan, as `sweep` does not have --more",
+        ),
+    ],
+)
+def test_what_is_no_complete_kind_is_refused_by_name(changes, problem):
+    before = dict(KINDS)
+    with pytest.raises(TypeError, match=re.escape(problem)):
+        register(kind_like_letters(**changes))
+    assert before == KINDS
+    assert issubclass(register(kind_like_letters()), Kind)
+    del KINDS["other"]
+
+
+def test_options_of_the_same_name_are_refused(letters, monkeypatch):
+    monkeypatch.setattr(Letters, "options", (option("--types", help="T."),))
+    with pytest.raises(TypeError, match="letters: two options are called --types"):
+        command(letters)
+    monkeypatch.setattr(Letters, "options", (option("--repetitions", sweep=True, help="R."),))
+    with pytest.raises(TypeError, match="sweep: two options are called --repetitions"):
+        sweep_module.command()
+
+
+@pytest.mark.parametrize(
+    "required, asked, measured", [(False, [], False), (True, [], False), (True, ["--more", "2"], True)]
+)
+def test_a_kind_out_of_sweep_is_measured_only_if_asked_for(letters, monkeypatch, required, asked, measured):
+    monkeypatch.setattr(Letters, "in_sweep", False)
+    monkeypatch.setattr(Letters, "options", (option("--more", type=int, sweep=True, required=required, help="M."),))
+    seen = {}
+
+    def record(models, kinds, **more):
+        seen.update(kinds)
+        return Outcome(Path("r.sqlite"))
+
+    monkeypatch.setattr(sweep_module.library, "sweep", record)
+    done = CliRunner().invoke(sweep_module.command(), ["any.gguf", "--measure", "speed", *asked])
+    assert done.exit_code == 0, done.output
+    assert ("letters" in seen) == measured and "speed" in seen
+
+
+@pytest.mark.parametrize(
+    "settings, problem",
+    [
+        ({"more": 1}, 'test_kinds: settings of Letters have no "build", which is provenance.build()'),
+        ({"more": Path("x"), "build": {}}, "test_kinds: settings of Letters are no plain values: .*Path"),
+    ],
+)
+def test_settings_that_no_file_can_keep_are_refused(tiny, letters, tmp_path, monkeypatch, settings, problem):
+    monkeypatch.setattr(Letters, "settings", property(lambda self: settings))
+    with pytest.raises(TypeError, match=problem):
+        measure("letters", tiny, types=["turbo4"], results=tmp_path / "r.sqlite", console=Console(quiet=True))
+
+
+def test_a_fault_of_a_kind_is_shown_with_its_line(tiny):
+    piece = Letters(tiny, provenance.model(tiny), None, {0: ("no types",), 1: None}, 1)
+    *_, last = workers._measured(piece, lambda *_: None)
+    assert isinstance(last, Failure) and "(TypeError: 'NoneType' object is not iterable)" in last.message
+    assert "in measure\n    for pair in types" in last.details
+
+
+def test_help_and_pages_name_every_kind(tiny, letters, tmp_path, monkeypatch):
+    monkeypatch.setattr(Letters, "reading", (("Letters", "are what <names> are made of."),))
+    results, page = tmp_path / "r.sqlite", tmp_path / "r.html"
+    measure("letters", tiny, types=["turbo4"], results=results, console=Console(quiet=True))
+    done = CliRunner().invoke(report_command, [str(results), "-o", str(page)], catch_exceptions=False)
+    assert done.exit_code == 0
+    assert "<strong>Letters</strong> are what &lt;names&gt; are made of." in page.read_text("utf-8")
+    assert "<strong>Speed</strong>" not in page.read_text("utf-8")
+    text = " ".join(CliRunner().invoke(cli, ["sweep", "--help"]).output.split())
+    assert "Measure quality (as ppl does), retrieval (as niah does) and speed (as bench does) of cache types" in text
 
 
 def test_commands_share_options_and_the_shape_of_json(tiny, tmp_path):

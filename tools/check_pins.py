@@ -7,7 +7,7 @@
 
 Source distributions come through pip, by the hashes in ggml_turbo/graft/releases.toml, and no code in them runs. A
 release without a hash there is taken as the registry has it. Exit code 1: something does not fit; 2: a release cannot
-be had.
+be had, or the list of insertions not be understood.
 """
 
 import argparse
@@ -108,7 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
         for version in versions:
             tree, hashes[version] = fetch(version, chosen.cache.expanduser())
             results[version] = check(tree)
-    except source.SourceError as error:
+    except (source.SourceError, graft.GraftError) as error:
         print(error, file=sys.stderr)
         return 2
     print(json.dumps(results, indent=2) if chosen.json else table(results))

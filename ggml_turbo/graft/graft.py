@@ -3,13 +3,14 @@
     python graft.py SOURCE DESTINATION [--patch FILE]
         copy and insert; files that stay the same keep their mtime. FILE gets the whole change as one unified diff
     python graft.py --check SOURCE
-        only look whether every anchor is found
+        only look whether every anchor is found; silent if so. The build keeps the pinned SOURCE in
+        ~/.cache/turboquant-gguf
 
 insertions/*.toml say what is inserted where, and why; pin.toml for which llama.cpp. Nothing is removed. An insertion
 has
 
     file            the file of llama.cpp
-    why             the reason it exists, in words that need no other insertion beside them
+    why             the reason it exists, in words that need no other insertion beside them, and no other insertion has
     within          a block, or a list of them, that holds the anchor: by its first line (or lines), from which it
                     reaches to its closing brace; or by a comment, which stands for the block around it. Absent: the
                     whole file
@@ -68,7 +69,7 @@ class Insertion:
 
     def _block(self, content: str, first_line: str) -> tuple[int, int]:
         """From the line in which first_line begins to the end of its block; if it is a comment, of the block around it."""
-        begin = self._only(content, first_line, 0, len(content))
+        begin = self._only(content, first_line, 0, len(content), "block")
         begin = content.rfind("\n", 0, begin) + 1
         indent = re.compile(r"[ \t]*").match(content, begin).group()
         if self.file.endswith(".py") and first_line.endswith(":"):
@@ -79,11 +80,11 @@ class Insertion:
             pattern = rf"^{indent}}}"
         end = re.compile(pattern, re.MULTILINE).search(content, content.find("\n", begin) + 1)
         if not end:
-            raise AnchorError("missing", self._misfit("begins a block that has no end", first_line))
+            raise AnchorError("missing", self._misfit("block has no end", first_line))
         return begin, end.end()
 
     def _offset(self, content: str, begin: int, end: int) -> int:
-        at = self._only(content, self.anchor, begin, end)
+        at = self._only(content, self.anchor, begin, end, "anchor")
         if not self.whole_lines:
             return at if self.side == "before" else at + len(self.anchor)
         if self.side == "before":
@@ -91,17 +92,22 @@ class Insertion:
         line_end = content.find("\n", at + len(self.anchor) - 1)
         return len(content) if line_end < 0 else line_end + 1
 
-    def _only(self, content: str, text: str, begin: int, end: int) -> int:
+    def _only(self, content: str, text: str, begin: int, end: int, what: str) -> int:
+        """Where the text stands from begin to end. what: it is, for the error."""
         at = content.find(text, begin, end)
         if at < 0:
-            raise AnchorError("missing", self._misfit("is not there", text))
-        if content.find(text, at + 1, end) >= 0:
-            raise AnchorError("ambiguous", self._misfit("stands there more than once", text))
+            where = "" if end - begin == len(content) else f" between lines {_lines(content, begin, end - 1)}"
+            raise AnchorError("missing", self._misfit(f"{what} is not there{where}", text))
+        if (second := content.find(text, at + 1, end)) >= 0:
+            lines = _lines(content, at, second)
+            raise AnchorError(
+                "ambiguous", self._misfit(f"{what} stands there more than once, as in lines {lines}", text)
+            )
         return at
 
     def _misfit(self, problem: str, text: str) -> str:
         return (
-            f"{self.file}: the anchor {problem}:\n"
+            f"{self.file}: the {problem}:\n"
             f"    {text.strip()}\n"
             f"wanted for: {self.why}\n"
             f"The insertions are written for the llama.cpp in {PIN['package']} {PIN['version']} (ggml {PIN['ggml']}): "
@@ -109,11 +115,19 @@ class Insertion:
         )
 
 
+def _lines(content: str, first: int, second: int) -> str:
+    """The numbers of the lines in which two offsets lie."""
+    return f"{content.count(chr(10), 0, first) + 1} and {content.count(chr(10), 0, second) + 1}"
+
+
 def load(folder: Path = HERE / "insertions") -> list[Insertion]:
-    """The insertions of all files in a folder. Raises GraftError if one has an unknown key, or lacks one."""
+    """The insertions of all files in a folder. Raises GraftError if one is not understood."""
     insertions = []
     for path in sorted(folder.glob("*.toml")):
-        content = tomllib.loads(path.read_text())
+        try:
+            content = tomllib.loads(path.read_text())
+        except ValueError as error:  # of TOML, and of UTF-8
+            raise GraftError(f"{path.name}: {error}") from error
         for entry in content.pop("insert", []):
             insertions.append(_parse(path.name, entry))
         if content:
@@ -128,6 +142,12 @@ def _parse(name: str, entry: dict) -> Insertion:
     for keys in (("file",), ("why",), ("before", "after"), ("lines", "inline")):
         if len(entry.keys() & set(keys)) != 1:
             raise GraftError(f"{described} needs {' or '.join(keys)}, once")
+    for key, value in entry.items():
+        texts = value if key == "within" and isinstance(value, list) else [value]
+        if not all(isinstance(text, str) and text for text in texts):
+            raise GraftError(f"{described} has a {key} that is no text")
+    if not entry.get("lines", "\n").endswith("\n"):
+        raise GraftError(f"{described} has lines that do not end with a line break")
     side = "before" if "before" in entry else "after"
     blocks = entry.get("within", [])
     return Insertion(
@@ -163,7 +183,8 @@ def insert(source: Path, insertions: list[Insertion]) -> dict[str, str]:
     grafted = {}
     for name, group in by_file.items():
         if not (source / name).is_file():
-            raise GraftError(f"{source / name} does not exist: is {source} a llama.cpp tree?")
+            why = group[0].why
+            raise GraftError(f"{source / name} does not exist: is {source} a llama.cpp tree? Wanted for: {why}")
         content = (source / name).read_bytes().decode()
         places = [(offset, insertion.text) for insertion in group for offset in insertion.offsets(content)]
         # From the end to the start, so that earlier offsets stay true; of two at one place the first listed comes first.

@@ -45,6 +45,8 @@ def cli() -> None:
 for command in (calibrate, convert, demo, inspect, recommend, report, sweep(), types, verify):
     cli.add_command(command)
 for kind in KINDS.values():
+    if kind.command in cli.commands:
+        raise TypeError(f"{kind.__module__}: there is a command {kind.command!r} already")
     cli.add_command(measurement(kind))
 
 

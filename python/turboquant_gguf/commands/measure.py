@@ -57,6 +57,16 @@ def parameters(of: Iterable[tuple[Option, type[Kind] | None]]) -> list[click.Opt
     return found
 
 
+def distinct(made: click.Command) -> click.Command:
+    """The command. Raises TypeError if two of its options have the same name."""
+    seen: set[str] = set()
+    for one in made.params:
+        if twice := seen & {*one.opts, *one.secondary_opts}:
+            raise TypeError(f"{made.name}: two options are called {min(twice)}. One of them needs another name.")
+        seen |= {*one.opts, *one.secondary_opts}
+    return made
+
+
 def command(kind: type[Kind]) -> click.Command:
     """The subcommand of a kind of measurement."""
 
@@ -104,7 +114,7 @@ def command(kind: type[Kind]) -> click.Command:
         options.json("what was done and found"),
     ):
         made = add(made)
-    return made
+    return distinct(made)
 
 
 _results = click.option(

@@ -58,10 +58,10 @@ Examples:
 def report(
     results: Path | None, outputs: tuple[Path, ...], models: tuple[str, ...], force: bool, as_json: bool
 ) -> None:
-    """Show what is in RESULTS, a file of measurements: quality, speed, retrieval and tasks, model by model.
+    """Show what is in RESULTS, a file of measurements, model by model.
 
-    RESULTS comes from sweep, ppl, niah, eval or bench; without it, the file in the user's cache folder is taken. Where
-    the same was measured with several builds of turboquant-gguf, the latest counts.
+    RESULTS comes from sweep, or from the command of one kind of measurement, such as ppl; without it, the file in the
+    user's cache folder is taken. Where the same was measured with several builds of turboquant-gguf, the latest counts.
     """
     console = Console(stderr=as_json)
     sections = library.report(results or store.default_results(), outputs=outputs, models=models, console=console)

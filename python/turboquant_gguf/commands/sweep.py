@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from ..kinds.base import names_to_measure
 from ..kinds.quality import Quality
 from ..measure import sweep as library
 from . import options
-from .measure import end, parameters
+from .measure import distinct, end, parameters
 
 RESULTS = Path("turboquant-results.sqlite")
 EPILOG = """\b
@@ -41,9 +42,11 @@ def _kinds(_context: click.Context, _parameter: click.Parameter, text: str) -> t
 def command() -> click.Command:
     """The command, with the options of all kinds that it has."""
     theirs = [(one, kind) for kind in KINDS.values() for one in kind.options if one.sweep]
-    made = sweep
-    made.params += parameters(theirs)
-    return options.json("what was done")(options.cluster(options.threads(made)))
+    made = copy(sweep)
+    made.params = [*sweep.params, *parameters(theirs)]
+    *first, last = (f"{KINDS[name].title.lower()} (as {KINDS[name].command} does)" for name in names_to_measure())
+    made.help = made.help.replace("WHATEVER", f"{', '.join(first)} and {last}" if first else last)
+    return distinct(options.json("what was done")(options.cluster(options.threads(made))))
 
 
 @click.command(epilog=EPILOG, short_help="Measure all there is of cache types, into one file that grows.")
@@ -78,7 +81,7 @@ def sweep(
     as_json: bool,
     **settings: Any,
 ) -> None:
-    """Measure quality (as ppl does), retrieval (niah) and speed (bench) of cache types with each of MODELS (GGUFs).
+    """Measure WHATEVER of cache types with each of MODELS (GGUFs).
 
     Everything goes into one file, to which later sweeps of other models and on other machines may add;
     `turboquant-gguf report` makes a page of it. Interrupt it, and the same command goes on where it stopped. A crash of
@@ -89,8 +92,8 @@ def sweep(
     kinds = {}
     for kind in KINDS.values():
         own = {one.parameter: settings[one.parameter] for one in kind.options if one.sweep}
-        asked = all(own[one.parameter] for one in kind.options if one.more.get("required"))
-        if kind.name in measure or (not kind.in_sweep and asked):
+        required = [own[one.parameter] for one in kind.options if one.sweep and one.more.get("required")]
+        if kind.name in measure or (not kind.in_sweep and required and all(required)):
             kinds[kind.name] = own
     common = {"types": types, "threads": threads, "results": results, "cluster": cluster}
     outcome = library.sweep(models, kinds, **common, console=console)

@@ -6,6 +6,7 @@ the results is a class method, which needs nothing that runs a model: what does 
 
 from __future__ import annotations
 
+import inspect
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -32,7 +33,7 @@ Types = tuple[CacheTypes, ...]
 
 @dataclass(frozen=True)
 class Row:
-    """A measurement, as Store.add wants it."""
+    """A measurement of these types in this part. value: as `Kind.summarize` reads it, by default a JSON array."""
 
     types: CacheTypes
     value: bytes
@@ -41,7 +42,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Failure:
-    """What could not be measured, and why."""
+    """What could not be measured, and why. `Kind.failure` makes one of a TurboquantError."""
 
     what: str
     message: str
@@ -53,7 +54,8 @@ class Failure:
 class Option:
     """An option of a kind's command. names, more: as click.Option takes them.
 
-    sweep: whether `sweep` has it as well. sweep_default: what it is there, if that is something else. old_name: one
+    sweep: whether `sweep` has it as well, where options of all kinds stand together and no name may be there twice;
+    `plan` is not given the others there. sweep_default: what it is there, if that is something else. old_name: one
     that still works, and warns.
     """
 
@@ -129,6 +131,8 @@ class Kind(ABC):
 
     parts: which cache types to measure in each part (a chunk of a text, a round, a trial), by the part's number.
     facts: provenance.model of the model, whose fingerprint must be the same everywhere.
+
+    A subclass is a frozen dataclass, too; its own fields, plain values, follow these four. `register` checks the rest.
     """
 
     name: ClassVar[str]
@@ -142,12 +146,14 @@ class Kind(ABC):
     examples: ClassVar[str]
     note: ClassVar[str] = ""
     """A sentence below the table of its command, on what the columns mean."""
+    reading: ClassVar[tuple[tuple[str, str], ...]] = ()
+    """How to read its findings, in paragraphs: the words that each begins with, which are emphasized, and the rest."""
     options: ClassVar[tuple[Option, ...]] = ()
     default_types: ClassVar[tuple[str, ...]] = ("f16", "turbo4")
     default_model: ClassVar[str | None] = None
     """The model of models.catalogue that the command takes if it is given none."""
     in_sweep: ClassVar[bool] = True
-    """Whether `sweep` measures it without being asked."""
+    """Whether `sweep` measures it without being asked. If not, it does where its required options are given there."""
     alone: ClassVar[bool] = False
     """Whether it wants a machine for itself, and says something of that machine alone."""
     part: ClassVar[str] = "part"
@@ -181,12 +187,20 @@ class Kind(ABC):
     @classmethod
     @abstractmethod
     def plan(cls, work: Work, **options: Any) -> Iterator[Self]:
-        """The pieces of work for a model. Raises TurboquantError if it cannot be measured."""
+        """The pieces of work for a model: `cls(work.model, work.facts, work.threads, parts, ...)`, and its own fields.
+
+        work.types: to be measured, the reference among them. options: as `prepare` returns them; all need defaults but
+        those that `prepare` sets, or that `sweep` has. Raises TurboquantError if it cannot be measured.
+        """
 
     @property
     @abstractmethod
     def settings(self) -> dict[str, Any]:
-        """What the rows depend on besides the model and the cache types, the build among it."""
+        """What the rows depend on besides the model and the cache types, as JSON can hold it.
+
+        "build" must be among it: provenance.build(). Rows of other settings are other findings, and rows of the same
+        are not measured again.
+        """
 
     @property
     def label(self) -> str:
@@ -217,7 +231,11 @@ class Kind(ABC):
 
     @abstractmethod
     def measure(self, step: Step) -> Iterator[Row | Failure]:
-        """Measure. Types that fail give a Failure; raises TurboquantError if all of it does."""
+        """Measure `parts`, in a process of its own: a Row for each part and each of its types, as soon as it is known.
+
+        Types that fail give a Failure; raises TurboquantError if all of it does. Whatever runs the model must be asked
+        what its cache is (llamacpp/cachefacts.py; Context.facts), so that no row is of other types than it says.
+        """
 
     def require_model(self) -> None:
         """Raise TurboquantError unless the file is here, and the one the sweep was started with."""
@@ -289,9 +307,38 @@ KINDS: dict[str, type[Kind]] = {}
 
 
 def register(kind: type[Kind]) -> type[Kind]:
-    """Make a kind known to the store, sweeps, reports and the command line: a decorator."""
+    """Make a kind known to the store, sweeps, reports and the command line: a decorator, above @dataclass(frozen=True).
+
+    Raises TypeError if the class is no complete kind, or has a name that another kind has.
+    """
+    for problem in _problems(kind):
+        raise TypeError(f"{kind.__module__}: the kind {kind.__name__} {problem}")
     KINDS[kind.name] = kind
     return kind
+
+
+def _problems(kind: type[Kind]) -> Iterator[str]:
+    """What is wrong with a class as a kind, in words that follow its name."""
+    if "__dataclass_fields__" not in vars(kind):
+        yield "is no dataclass: @register stands above @dataclass(frozen=True)"
+    if lacks := sorted(kind.__abstractmethods__):
+        yield f"does not define {', '.join(lacks)}"
+    named = [name for name, type in Kind.__annotations__.items() if type.startswith("ClassVar")]
+    if lacks := [name for name in named if not hasattr(kind, name)]:
+        yield f"does not say {', '.join(lacks)}"
+    for other in KINDS.values():
+        for name in ("name", "command"):
+            if getattr(kind, name) == getattr(other, name):
+                yield f"has the {name} of {other.__module__}, {getattr(kind, name)!r}"
+    if kind.prepare.__func__ is Kind.prepare.__func__:  # plan gets the options as they are
+        wanted = inspect.signature(kind.plan).parameters
+        if any(one.kind is inspect.Parameter.VAR_KEYWORD for one in wanted.values()):
+            return
+        for one in kind.options:
+            if one.parameter not in wanted:
+                yield f"has the option {one.names[0]}, and no argument {one.parameter} of plan"
+            elif not one.sweep and wanted[one.parameter].default is inspect.Parameter.empty:
+                yield f"must have a default for {one.parameter} in plan, as `sweep` does not have {one.names[0]}"
 
 
 def names_to_measure() -> Sequence[str]:

@@ -109,6 +109,25 @@ class Quality(Kind):
         f"KL: divergence in nats a token. ± is one standard error, over means of {NEIGHBOURS} neighbouring tokens; of "
         "ratios and of differences it is paired, token by token."
     )
+    reading = (
+        (
+            "KL divergence",
+            "says how far the model's predictions move when its cache is quantized: 0 is no change at all, and "
+            "less is better. It is measured at each token of a text, in nats, and sees changes long before "
+            "perplexity does. The median is a usual token, 99 % and max are the worst.",
+        ),
+        (
+            "Perplexity",
+            "is how surprised the model is by the text, less is better; times f16 is the ratio to that of an "
+            "unquantized cache, where 1 is no loss. Same top is how often the most likely token stays the "
+            "same: more is better.",
+        ),
+        (
+            "The Pareto frontier",
+            "joins the types that no other type beats in both bits and divergence (in bold). Types above the "
+            "line are beaten by one that is as small or smaller.",
+        ),
+    )
     default_types = ("f16", "q8_0", "q5_0", "q4_0", "turbo4", "turbo4:turbo3", "turbo3", "turbo2")
     part = "chunk"
     shared_parts = 4  # few enough to spread, and for a crash to lose little

@@ -126,6 +126,14 @@ class Retrieval(Kind):
         f"as much at least {SIGNIFICANCE:.0%} of the time. Fewer than 6 lost or gained never tell: more --trials see "
         "smaller differences."
     )
+    reading = (
+        (
+            "Retrieval",
+            "hides a number in a long prompt and asks for it. Lost are needles that only f16 found, gained "
+            "those that only this type found; within noise means that chance alone makes them differ as much "
+            "at least 5 % of the time (exact McNemar test).",
+        ),
+    )
     default_types = ("f16", "q8_0", "q4_0", "turbo4", "turbo3", "turbo2")
     part = "trial"
     merged = "length"

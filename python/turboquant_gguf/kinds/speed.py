@@ -63,6 +63,14 @@ class Speed(Kind):
     note = (
         "Times f16: the median over the rounds of the ratio to f16 in the same round, and the lowest and the highest."
     )
+    reading = (
+        (
+            "Speed",
+            "is compared with f16 in the same round of measurements, so that a machine that slows down does "
+            "not favour any type: 2 is twice as fast as f16. Decoding is what answers take, prefill is the "
+            "reading of the prompt. Bars show the lowest and the highest round.",
+        ),
+    )
     default_types = ("f16", "q8_0", "q4_0", "turbo4", "turbo3", "turbo2", "turbo4:turbo3")
     default_model = "smollm2-135m"
     alone = True

@@ -96,6 +96,13 @@ class Tasks(Kind):
         "Against f16: the difference on the same documents; its standard error is that of the differences between "
         f"paired answers. Within noise: at most {NOISE} of them."
     )
+    reading = (
+        (
+            "Tasks",
+            "are scored on the same documents with every type; the difference from f16 counts only where it is "
+            "not within noise.",
+        ),
+    )
     in_sweep = False
     merged = "task"
     columns = ("task",)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -134,7 +135,21 @@ def _plan(
     for kind, options in asked.items():
         if kind.reference(options) not in refused:
             types = tuple(pair for pair in wanted[kind] if pair not in refused)
-            yield from kind.plan(Work(model, facts, types, threads, sweep=not one), **options)
+            for piece in kind.plan(Work(model, facts, types, threads, sweep=not one), **options):
+                _check_settings(piece)
+                yield piece
+
+
+def _check_settings(piece: Kind) -> None:
+    """Raises TypeError if the settings cannot be kept in a file of measurements, or read from it by a report."""
+    where = f"{type(piece).__module__}: settings of {type(piece).__name__}"
+    settings = piece.settings
+    if "build" not in settings:
+        raise TypeError(f'{where} have no "build", which is provenance.build()')
+    try:
+        json.dumps(settings)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{where} are no plain values: {error}") from error
 
 
 def _measure(work: Sequence[Kind], cluster: str | None, store: Store, outcome: Outcome, console: Console) -> None:

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -81,6 +82,11 @@ def _measured(one: Kind, step: Step) -> Iterator[Row | Failure]:
         yield Failure(one.label, str(error), error.details, error.exit_code)
     except OSError as error:
         yield Failure(one.label, f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+    except Exception as error:
+        what = (
+            f"It failed over something it does not expect ({type(error).__name__}: {error}). That is a fault of ours."
+        )
+        yield Failure(one.label, what, traceback.format_exc())
 
 
 def _died(one: Kind, code: int | None) -> Failure:

@@ -14,6 +14,7 @@ from rich.console import Console
 from ..core import outputfile, progress
 from ..core.tables import share
 from ..errors import TurboquantError
+from ..kinds import KINDS
 from ..measure.store import Store
 from . import contents, csv, plots, tables
 from .contents import Section
@@ -77,6 +78,7 @@ def _html(sections: Sequence[Section], path: Path) -> None:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     machines = tables.machines_of(sections)
+    shown = [kind for kind in KINDS if any(section.findings[kind] for section in sections)]
     environment = Environment(
         loader=PackageLoader("turboquant_gguf", "data"),
         autoescape=True,
@@ -86,7 +88,7 @@ def _html(sections: Sequence[Section], path: Path) -> None:
     )
     page = environment.get_template("report.html.j2").render(
         sections=sections,
-        kinds={kind for section in sections for kind, found in section.findings.items() if found},
+        reading=[paragraph for kind in shown for paragraph in KINDS[kind].reading],
         facts=tables.facts,
         parts=lambda section: tables.parts(section, machines),
         figures=_figures,

@@ -88,7 +88,9 @@ def write(sections: Sequence[Section], path: Path, form: str) -> None:
     drawn = {section.model["name"]: _panels_of(section) for section in sections}
     drawn = {name: panels for name, panels in drawn.items() if panels}
     if not drawn:
-        raise TurboquantError("There is nothing to draw. Write the report as .html or .md instead.")
+        raise TurboquantError(
+            "There is nothing to draw: what was measured has no plot. `turboquant-gguf report` shows it as tables."
+        )
     columns = min(ABREAST, max(map(len, drawn.values())))
     rows = [-(-len(panels) // columns) for panels in drawn.values()]
     with _themed(PRINT), open(path, "wb") as file:
