@@ -105,11 +105,12 @@ int main() {
     struct {
         int32_t sequences, heads, queries, size_k, keys, kv_heads, size_v, type_k, type_v, mask_heads, mask_sequences, sinks;
         int32_t slots, tokens; // of a recent window; 0: there is none
+        int32_t tiles;         // of keys, for which queries have numbers
         float scale, max_bias, softcap;
     } p;
     const int plain[4] = { 0, 1, 2, 3 }, cache[4] = { 0, 2, 1, 3 };
     while (read(&p, sizeof(p))) {
-        tensor q    (GGML_TYPE_F32, { p.size_k, p.queries, p.heads, p.sequences }, plain);
+        tensor q    (GGML_TYPE_F32, { p.size_k + p.tiles, p.queries, p.heads, p.sequences }, plain);
         tensor k    ((ggml_type) p.type_k, { p.size_k, p.kv_heads, p.keys, p.sequences }, cache);
         tensor v    ((ggml_type) p.type_v, { p.size_v, p.kv_heads, p.keys, p.sequences }, cache);
         tensor mask (GGML_TYPE_F16, { p.keys, p.queries, p.mask_heads, p.mask_sequences }, plain);
@@ -118,7 +119,8 @@ int main() {
         tensor new_k(GGML_TYPE_F32, { p.size_k, p.kv_heads, p.tokens, p.sequences }, cache);
         tensor new_v(GGML_TYPE_F32, { p.size_v, p.kv_heads, p.tokens, p.sequences }, cache);
         tensor mask_w(GGML_TYPE_F16, { p.slots + p.tokens, p.queries, 1, p.sequences }, plain);
-        tensor columns(GGML_TYPE_I32, { p.slots ? p.keys : 0, 1, 1, p.sequences }, plain);
+        const int n_columns = p.slots ? p.keys : 0, n_tiled = p.tiles ? p.keys + p.slots + p.tokens : 0;
+        tensor columns(GGML_TYPE_I32, { n_columns + n_tiled, 1, 1, p.sequences }, plain);
         tensor out  (GGML_TYPE_F32, { p.size_v, p.heads, p.queries, p.sequences }, plain);
         q.fill();
         k.fill();

@@ -14,12 +14,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from turboquant_gguf.llamacpp.ggufile import rewrite
+from turboquant_gguf.llamacpp.logits import Model
 from turboquant_gguf.llamacpp.modelmemory import ModelMemory
 from turboquant_gguf.weights import converter
-from turboquant_gguf.weights.calibration import KEY
+from turboquant_gguf.weights.calibration import KEY, rotary_of
 from turboquant_gguf.weights.convert import convert
 
 VOCABULARY = 288
+MIN_CONTEXT = 256
 LAYERS, HEADS, KV_HEADS, HEAD_SIZE = 2, 4, 2, 32
 WIDTH = 96  # not heads * head size
 
@@ -347,8 +349,12 @@ def any_pre_tokenizer():
         text_model.get_vocab_base_pre = original
 
 
-def random_calibration(model: Path, output: Path, **changes) -> Path:
-    """The model with a calibration that fits it and means nothing. changes: of its keys; None for none of this name."""
+def random_calibration(model: Path, output: Path, version: int = 2, **changes) -> Path:
+    """The model with a calibration that fits it and means nothing.
+
+    version: of what the file says; from 2 on centres turn with the position wherever the model's keys do. changes: of
+    its keys; None for none of this name.
+    """
     rng = np.random.default_rng(0)
     with ModelMemory(model) as memory:
         shapes = [(0 if layer.shares else layer.kv_heads, layer.head_size_k) for layer in memory.layers]
@@ -356,12 +362,17 @@ def random_calibration(model: Path, output: Path, **changes) -> Path:
     logarithms = [rng.standard_normal(shape) for shape in shapes if shape[0]]
     scales = [np.exp(head - head.mean(-1, keepdims=True)).ravel() for head in logarithms]
     metadata = {
-        f"{KEY}version": 1,
-        f"{KEY}context": 1 << 20,
+        f"{KEY}version": version,
         f"{KEY}sizes": np.array(sizes, np.int32),
         f"{KEY}scale": np.concatenate(scales).astype(np.float32),
         f"{KEY}center": rng.standard_normal(sum(sizes)).astype(np.float32),
     }
+    if version == 1:
+        metadata[f"{KEY}context"] = 1 << 20
+    else:
+        with Model(model) as opened, opened.open(MIN_CONTEXT) as context:
+            rotary = [rotary_of(context, layer) if size else None for layer, size in enumerate(sizes)]
+        metadata[f"{KEY}turned"] = np.array([2 * len(one.angles) if one else 0 for one in rotary], np.int32)
     metadata |= {KEY + name: value for name, value in changes.items()}
     rewrite(model, output, KEY, {key: value for key, value in metadata.items() if value is not None})
     return output

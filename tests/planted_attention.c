@@ -4,6 +4,7 @@
 
 #define _GNU_SOURCE
 #include <dlfcn.h>
+#include <stdbool.h>
 #include <stdlib.h>
 
 enum { FIRST_LAYER = 1, QUERIES = 1, KEYS = 2, BOTH = 3, WINDOW = 4 };
@@ -15,10 +16,10 @@ static void * original(const char * name) {
 #define TEXT_OF(name) #name
 #define TEXT(name) TEXT_OF(name)
 
-void CALIBRATE(void * ctx, const void * hparams, const void * batch, void ** q, void ** k, int il) {
-    void (*calibrate)(void *, const void *, const void *, void **, void **, int) = original(TEXT(CALIBRATE));
+void CALIBRATE(void * ctx, void * res, const void * batch, bool is_swa, void ** q, void ** k, int il) {
+    void (*calibrate)(void *, void *, const void *, bool, void **, void **, int) = original(TEXT(CALIBRATE));
     void * q_before = *q, * k_before = *k;
-    calibrate(ctx, hparams, batch, q, k, il);
+    calibrate(ctx, res, batch, is_swa, q, k, il);
     if (il >= FIRST_LAYER && (PLANT & QUERIES)) {
         *q = q_before;
     }

@@ -17,12 +17,12 @@ Entry = tuple[int, int, int | list[int]]
 """A token, its position, and its sequence or sequences."""
 
 
-def window_slots(sequences: int = 1) -> int:
+def window_slots(sequences: int = 1, length: int = 0) -> int:
     """Tokens in f16 that the recent window of turbo types has room for by default, in a cache of some sequences.
 
-    A last one takes what is not kept. Long contexts: short ones have less room.
+    A last one takes what is not kept. length: of a sequence. Short contexts have less room.
     """
-    return sequences * (64 + 4) + max(64, 16 * sequences) + 1
+    return sequences * (min(max(length // 64, 64), 1024) + 4) + max(64, 16 * sequences) + 1
 
 
 class RefusedError(AssertionError):

@@ -184,18 +184,32 @@ def problems_with_window(draw, stock: tuple[str, ...] = ("f16", "q8_0")) -> Prob
         values(rng, draw(shapes), sequences, count, kv_heads, size).astype(kind) for kind, count, size in parts
     ]
     columns = np.where(rng.random((sequences, keys)) < 0.2, rng.integers(0, slots + tokens, (sequences, keys)), -1)
-    window = Window(*arrays, mask=mask.astype(np.float16), columns=columns.astype(np.int32))
+    biases = tiles = None
+    if n_tiles := draw(st.sampled_from([0, 0, 1, 3, 9])):
+        biases = rng.normal(0, draw(st.sampled_from([1, 30])), (*problem.q.shape[:3], n_tiles)).astype(np.float32)
+        run = draw(st.sampled_from([1, 64, 100]))  # keys of a tile side by side
+        tiles = rng.integers(0, n_tiles, (sequences, keys + slots + tokens)).astype(np.int32)
+        tiles = tiles[:, np.arange(tiles.shape[1]) // run * run]
+    window = Window(*arrays, mask=mask.astype(np.float16), columns=columns.astype(np.int32), biases=biases, tiles=tiles)
     cache = problem.mask if problem.mask is not None else np.zeros((1, 1, queries, keys), np.float16)
     return replace(problem, window=window, mask=cache)
 
 
 def without_window(problem: Problem) -> Problem:
-    """The same in one cache of float32. Keys of the cache meet rounded queries, others do not: hence twice the size."""
+    """The same in one cache of float32. Keys of the cache meet rounded queries, others do not: hence twice the size.
+
+    What a query adds to the products with keys of a tile is one more channel for each tile.
+    """
     window = problem.window
     rounded = rounded_queries(problem)
     k = attention_numpy.decode(problem.k, problem.type_k)
     more = np.concatenate([window.ring_k.astype(np.float32), window.new_k], axis=1)
     k = np.concatenate([np.concatenate([k, np.zeros_like(k)], -1), np.concatenate([np.zeros_like(more), more], -1)], 1)
+    q = [rounded, problem.q]
+    if window.tiles is not None:
+        q.append(window.biases)
+        one_hot = np.eye(window.biases.shape[-1], dtype=np.float32)[window.tiles]  # sequences, keys, tiles
+        k = np.concatenate([k, np.repeat(one_hot[:, :, None], k.shape[2], axis=2)], -1)
     v = [attention_numpy.decode(problem.v, problem.type_v), window.ring_v.astype(np.float32), window.new_v]
     seen = np.take_along_axis(window.mask, np.maximum(window.columns, 0)[:, None, None], -1) != -np.inf
     cache = np.where(seen & (window.columns >= 0)[:, None, None], -np.inf, problem.mask)
@@ -203,7 +217,7 @@ def without_window(problem: Problem) -> Problem:
     masks = [np.broadcast_to(mask, (sequences, heads, *mask.shape[2:])) for mask in (cache, window.mask)]
     return replace(
         problem,
-        q=np.concatenate([rounded, problem.q], -1).astype(np.float32),
+        q=np.concatenate(q, -1).astype(np.float32),
         k=np.ascontiguousarray(k).view(np.uint8),
         v=np.ascontiguousarray(np.concatenate(v, axis=1)).view(np.uint8),
         type_k="f32",
@@ -229,7 +243,8 @@ def test_kernel_with_a_recent_window(problem: Problem, threads: int):
 @settings(many, max_examples=40)
 @given(problems_with_window(), st.integers(1, 5))
 def test_reference_of_the_recent_window(problem: Problem, threads: int):
-    exact, tolerance = expected(replace(without_window(problem), q=np.concatenate([problem.q, problem.q], -1)))
+    alone = without_window(problem)
+    exact, tolerance = expected(replace(alone, q=problem.window.queries(np.concatenate([problem.q, problem.q], -1))))
     with Attention(problem, threads, reference=True) as attention:
         attention.run()
         result = attention.result()
@@ -255,16 +270,18 @@ def as_input(problem: Problem) -> bytes:
     sequences, heads, queries, size_k = problem.q.shape
     keys, kv_heads = problem.k.shape[1:3]
     numbers = struct.pack(
-        "14i3f",
+        "15i3f",
         *(sequences, heads, queries, size_k, keys, kv_heads, problem.size_v),
         *(ggml.type_number(problem.type_k), ggml.type_number(problem.type_v)),
         *(mask.shape[1], mask.shape[0], problem.sinks is not None),
         *((window.ring_k.shape[1], window.new_k.shape[1]) if window else (0, 0)),
+        window.biases.shape[-1] if window and window.biases is not None else 0,
         *(problem.scale, problem.max_bias, problem.softcap),
     )
-    arrays = [problem.q, problem.k, problem.v, mask, *([] if problem.sinks is None else [problem.sinks])]
+    q = window.queries(problem.q) if window else problem.q
+    arrays = [q, problem.k, problem.v, mask, *([] if problem.sinks is None else [problem.sinks])]
     if window:
-        arrays += [window.ring, window.new_k, window.new_v, window.mask, window.columns]
+        arrays += [window.ring, window.new_k, window.new_v, window.mask, window.numbers]
     return numbers + b"".join(np.ascontiguousarray(array).tobytes() for array in arrays)
 
 

@@ -37,9 +37,9 @@ with Model(path) as model:
 
 
 def name_of(function: str, symbols: list[str]) -> str:
-    """The linker's name of a function of llama_turbo_kv; of overloads, the one for a cache without sliding windows."""
+    """The linker's name of a function of llama_turbo_kv."""
     wanted = f"14llama_turbo_kv{len(function)}{function}E"
-    (found,) = (name for name in symbols if wanted in name and "_iswa" not in name)
+    (found,) = (name for name in symbols if wanted in name)
     return found
 
 
@@ -50,7 +50,7 @@ def planted(tmp_path_factory) -> Callable[..., tuple[str, list[np.ndarray]]]:
     library = ggml.library_path("llama")
     listed = subprocess.run(["nm", "-D", "--defined-only", library], capture_output=True, text=True, check=True).stdout
     symbols = [line.split()[-1] for line in listed.splitlines()]
-    names = [f"-DCALIBRATE={name_of('calibrate', symbols)}", f"-DATTEND={name_of('attend', symbols)}"]
+    names = [f"-DCALIBRATE={name_of('calibrate_layer', symbols)}", f"-DATTEND={name_of('attend', symbols)}"]
 
     def run(
         model: Path, window: int, plant: str | None = None, script: str = SCRIPT
@@ -85,6 +85,15 @@ def test_keys_that_are_calibrated_in_some_layers_only(planted, plant, name, size
     assert "REFUSED" not in said and len(logits) == 2
     said, logits = planted(calibrated, 32)
     assert "REFUSED" not in said and len(logits) == 2
+
+
+def test_centres_that_some_layers_do_not_attend_to(planted, tmp_path):
+    """Where a centre turns with the position, other attention than ours does not know it."""
+    model = checkpoints.gguf(tmp_path, "llama", head_dim=64)
+    for version, refused in ((1, False), (2, True)):
+        calibrated = checkpoints.random_calibration(model, tmp_path / f"{version}.gguf", version)
+        said, _ = planted(calibrated, 32, "WINDOW")
+        assert ("keys cannot be calibrated: 1 layers of this model" in said) == ("REFUSED" in said) == refused
 
 
 def test_a_window_that_some_layers_do_not_attend_to(planted, tmp_path):

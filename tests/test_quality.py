@@ -162,6 +162,19 @@ def test_token_by_token(smollm2, text):
     assert not np.array_equal(batches[TURBO4], tokens[TURBO4])
 
 
+def test_later_positions(tiny, random_text, tmp_path):
+    """The same predictions where attention depends on distances alone, and its own rows; refused where it does not."""
+    near, far = (measured(tiny, random_text, tmp_path, positions=positions) for positions in (0, 5000))
+    for types in near.values:
+        assert far.values[types].ppl == pytest.approx(near.values[types].ppl, rel=0.05)
+    assert far.settings["positions"] == 5000 and "positions" not in near.settings
+    assert "at positions from 5000 on" in Quality.conditions(far)
+    learned = checkpoints.gguf(tmp_path, "gpt2")
+    with pytest.raises(TurboquantError, match="knows 512 positions, and this would read up to 532"):
+        measured(learned, random_text, tmp_path, positions=500)
+    assert measured(learned, random_text, tmp_path, positions=480).values
+
+
 def test_long_chunks_are_read_in_pieces(tiny, tmp_path):
     """Of 1,100 tokens, three batches: the same as in one."""
     path = tmp_path / "long.txt"

@@ -1,4 +1,6 @@
-#include "common/turbo-args.h"
+// The options of llama.cpp's programs for what llama/turbo-settings.h says of contexts.
+
+#include "arg.h"
 
 #include "llama/turbo-settings.h"
 
@@ -25,7 +27,7 @@ void llama_turbo_add_options(const std::function<void(common_arg)> & add_opt) {
     add_opt(common_arg(
         {"--cache-window"}, "N",
         "tokens at the end of each sequence that are kept at full precision beside a quantized KV cache "
-        "(default: 64 with turbo types, 0 with others)",
+        "(default: with turbo types a 64th of the context, between 64 and 1024; 0 with others)",
         [](common_params &, const std::string & value) {
             options.cache_window = number_of_tokens(value);
             llama_turbo_set_options(&options, false);

@@ -106,11 +106,11 @@ std::shared_ptr<const llama_turbo_calibration> llama_turbo_calibration::load(con
     if (hparams.is_mla()) {
         throw refusal("is of no use: models of this architecture cannot be calibrated");
     }
-    if (turned.size() != (known == 1 ? 0 : sizes.size())) {
-        throw refusal("does not say of each layer how its centre turns");
-    }
     if (sizes.size() != hparams.n_layer_all) {
         throw refusal(format("is of a model of %zu layers, and this one has %u", sizes.size(), hparams.n_layer_all));
+    }
+    if (turned.size() != (known == 1 ? 0 : sizes.size())) {
+        throw refusal("does not say of each layer how its centre turns");
     }
 
     auto result = std::make_shared<llama_turbo_calibration>();

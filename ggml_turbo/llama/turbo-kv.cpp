@@ -132,10 +132,10 @@ const llama_kv_cache_context * llama_turbo_kv::cache_of(const llama_memory_conte
 
 // ---- graphs ----
 
-static void calibrate_in(
+void llama_turbo_kv::calibrate_layer(
         ggml_context * ctx, llm_graph_result * res, const llama_kv_cache_context * batch, bool is_swa, ggml_tensor *& q,
         ggml_tensor *& k, int32_t il) {
-    const auto & keys = llama_turbo_kv::of(batch).keys;
+    const auto & keys = of(batch).keys;
     if (!keys) {
         return;
     }
@@ -154,14 +154,14 @@ static void calibrate_in(
 void llama_turbo_kv::calibrate(
         ggml_context * ctx, const llama_hparams &, llm_graph_result * res, const llama_kv_cache_context * batch, ggml_tensor *& q,
         ggml_tensor *& k, int32_t il) {
-    calibrate_in(ctx, res, batch, false, q, k, il);
+    calibrate_layer(ctx, res, batch, false, q, k, il);
 }
 
 void llama_turbo_kv::calibrate(
         ggml_context * ctx, const llama_hparams & hparams, llm_graph_result * res, const llama_kv_cache_iswa_context * batch,
         ggml_tensor *& q, ggml_tensor *& k, int32_t il) {
     const bool is_swa = hparams.is_swa(il);
-    calibrate_in(ctx, res, is_swa ? batch->get_swa() : batch->get_base(), is_swa, q, k, il);
+    calibrate_layer(ctx, res, is_swa ? batch->get_swa() : batch->get_base(), is_swa, q, k, il);
 }
 
 llama_turbo_kv::rotated_latent::rotated_latent(
@@ -202,11 +202,11 @@ ggml_tensor * llama_turbo_kv::shift(
         ggml_context * ctx, llm_graph_result * res, const llama_kv_cache & cache, const llama_cparams & cparams, uint32_t il,
         ggml_tensor * shifts, ggml_tensor * rotation, ggml_tensor * factors, float freq_base, float freq_scale) {
     ggml_tensor * stored = cache.layers[cache.map_layer_ids.at(il)].k;
-    if (!ggml_is_quantized(stored->type)) {
-        return nullptr;
-    }
     const llama_hparams  & hparams = cache.hparams;
     const llama_turbo_kv & turbo   = *cache.turbo;
+    if (!ggml_is_quantized(stored->type) && !turbo.keys) {
+        return nullptr;
+    }
     const bool    is_latent = hparams.is_mla();
     const int64_t n_rot = hparams.n_rot(il), size = hparams.n_embd_head_k(il), n_head = hparams.n_head_kv(il);
     const int64_t before  = hparams.n_lora_kv > 0 ? size - n_rot : 0; // channels that have no position, of each head

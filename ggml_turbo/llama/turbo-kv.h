@@ -52,6 +52,9 @@ struct llama_turbo_kv {
     static void calibrate(
         ggml_context * ctx, const llama_hparams & hparams, llm_graph_result * res, const llama_kv_cache_iswa_context * batch,
         ggml_tensor *& q, ggml_tensor *& k, int32_t il);
+    static void calibrate_layer(
+        ggml_context * ctx, llm_graph_result * res, const llama_kv_cache_context * batch, bool is_swa, ggml_tensor *& q,
+        ggml_tensor *& k, int32_t il);
 
     // What llm_graph_context::build_attn_mha makes of these, with the window; null if the cache has none, or if layer il reads
     // keys that are not of this graph. memory: of the batch, and batch its cache for layer il. k, v: of the cache; k_cur,

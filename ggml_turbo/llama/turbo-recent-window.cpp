@@ -23,9 +23,14 @@ static const ggml_fp16_t MASKED = ggml_fp32_to_fp16(-INFINITY);
 // llama-server drafts by default in one sequence, or a few in each.
 static const uint32_t TAKEN_BACK = 64, TAKEN_BACK_OF_EACH = 16;
 
-llama_turbo_window::size llama_turbo_window::size::wanted(ggml_type type_k, ggml_type type_v) {
+// By default: a part of what a sequence can have, so that what a longer context loses does not grow with it. It takes a
+// quarter of a bit a value (docs/recent-window.md).
+static const uint32_t CONTEXT_PART = 64, SHORTEST = 64, LONGEST = 1024;
+
+llama_turbo_window::size llama_turbo_window::size::wanted(ggml_type type_k, ggml_type type_v, uint32_t cells) {
     const llama_turbo_params & said = llama_turbo_taken_params();
-    const int32_t usual = turbo_is_type(type_k) || turbo_is_type(type_v) ? 64 : 0;
+    const int32_t share = std::clamp(cells/CONTEXT_PART, SHORTEST, LONGEST);
+    const int32_t usual = turbo_is_type(type_k) || turbo_is_type(type_v) ? share : 0;
     return { uint32_t(said.cache_window != LLAMA_TURBO_UNSAID ? said.cache_window : usual), uint32_t(said.cache_sinks) };
 }
 
@@ -47,7 +52,8 @@ std::shared_ptr<llama_turbo_window> llama_turbo_window::make(
         const std::vector<cache> & caches, ggml_type type_k, ggml_type type_v, bool v_trans, uint32_t n_stream, uint32_t n_seq,
         bool no_alloc, bool is_needed) {
     const bool is_quantized = ggml_is_quantized(type_k) || ggml_is_quantized(type_v);
-    size sizes = is_quantized ? size::wanted(type_k, type_v) : size { 0, 0 };
+    const uint32_t cells = caches.empty() ? 0 : caches[0].k->ne[1];
+    size sizes = is_quantized ? size::wanted(type_k, type_v, cells/n_seq) : size { 0, 0 };
     if (!(sizes.recent || is_needed) || caches.empty()) {
         return nullptr;
     }
@@ -56,7 +62,6 @@ std::shared_ptr<llama_turbo_window> llama_turbo_window::make(
         return nullptr;
     }
 
-    const uint32_t cells = caches[0].k->ne[1];
     sizes = { std::min(sizes.recent, cells), sizes.recent ? std::min(sizes.sinks, cells) : 0 };
 
     // As much as all sequences want, within what the cache saves against one in f16.

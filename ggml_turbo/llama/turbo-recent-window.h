@@ -29,7 +29,8 @@ public:
     struct size {
         uint32_t recent, sinks;
 
-        static size wanted(ggml_type type_k, ggml_type type_v);
+        // cells: for each sequence.
+        static size wanted(ggml_type type_k, ggml_type type_v, uint32_t cells);
     };
 
     // A layer's cache: keys and values [channels, cells, streams], null if there are none of their own.

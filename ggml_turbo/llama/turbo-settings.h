@@ -24,8 +24,8 @@ enum llama_turbo_use {
 
 // Every field may be LLAMA_TURBO_UNSAID.
 struct llama_turbo_params {
-    int32_t cache_window; // tokens at the end of each sequence that are kept at full precision; by default 64 with
-                          // turbo types, 0 with others
+    int32_t cache_window; // tokens at the end of each sequence that are kept at full precision; by default with
+                          // turbo types a 64th of the context, between 64 and 1024, and 0 with others
     int32_t cache_sinks;  // tokens at its beginning that are kept as well, where there is a window; by default 4
     int32_t calibration;  // enum llama_turbo_use of the calibration in the file; by default LLAMA_TURBO_USE_FIT
 };

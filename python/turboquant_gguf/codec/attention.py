@@ -17,7 +17,8 @@ class Window:
 
     ring_k, ring_v: float16 (sequences, slots, KV heads, head size). new_k, new_v: float32 (sequences, tokens, KV heads,
     head size). mask: float16 (sequences, 1, queries, slots + tokens). columns: int32 (sequences, keys of the cache), in
-    mask, of the same key; -1 if it is not there.
+    mask, of the same key; -1 if it is not there. biases: float32 (sequences, query heads, queries, tiles), what a query
+    adds to its products with all keys of a tile; None: nothing. tiles: int32 (sequences, keys + slots + tokens).
     """
 
     ring_k: NDArray[np.float16]
@@ -26,12 +27,23 @@ class Window:
     new_v: NDArray[np.float32]
     mask: NDArray[np.float16]
     columns: NDArray[np.int32]
+    biases: NDArray[np.float32] | None = None
+    tiles: NDArray[np.int32] | None = None
 
     @property
     def ring(self) -> NDArray[np.float16]:
         """Keys and values side by side, as the operator takes them: (sequences, 1, slots, channels)."""
         rows = [part.reshape(*part.shape[:2], -1) for part in (self.ring_k, self.ring_v)]
         return np.concatenate(rows, axis=-1)[:, None]
+
+    def queries(self, q: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Queries as the operator takes them: followed by the biases."""
+        return q if self.biases is None else np.concatenate([q, self.biases], axis=-1)
+
+    @property
+    def numbers(self) -> NDArray[np.int32]:
+        """Columns as the operator takes them: followed by the tiles."""
+        return self.columns if self.tiles is None else np.concatenate([self.columns, self.tiles], axis=-1)
 
 
 @dataclass(frozen=True)
@@ -69,7 +81,8 @@ class Attention(ggml.Graph):
     def __init__(self, problem: Problem, threads: int = 1, *, reference: bool = False) -> None:
         super().__init__(threads, reference=reference)
         sequences, heads, queries, size_k = problem.q.shape
-        q = self.tensor(problem.q, "f32", size_k, queries, heads, sequences)
+        rows = problem.window.queries(problem.q) if problem.window else problem.q
+        q = self.tensor(rows, "f32", rows.shape[-1], queries, heads, sequences)
         k = self._cache(problem.k, problem.type_k, size_k)
         v = self._cache(problem.v, problem.type_v, problem.size_v)
         mask = None if problem.mask is None else self._mask(problem.mask)
@@ -78,7 +91,7 @@ class Attention(ggml.Graph):
         if window := problem.window:
             ring = self.tensor(window.ring, "f16", *window.ring.shape[::-1])
             new = [self._cache(rows, "f32", rows.shape[-1]) for rows in (window.new_k, window.new_v)]
-            columns = self.tensor(window.columns, "i32", window.columns.shape[1], 1, 1, window.columns.shape[0])
+            columns = self.tensor(window.numbers, "i32", window.numbers.shape[1], 1, 1, sequences)
             sources = (ctypes.c_void_p * 10)(q, k, v, mask, sinks, ring, *new, self._mask(window.mask), columns)
             self._out = self.operator("turbo_window_attention", sources, *factors)
         else:

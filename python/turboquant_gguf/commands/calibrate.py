@@ -23,6 +23,11 @@ Examples:
 """
 
 
+def _no_longer_needed(_context: click.Context, _parameter: click.Parameter, value: int | None) -> None:
+    if value is not None:
+        messages.say("[bold yellow]Note:[/] --context is no longer needed: a calibration holds in contexts of any length.")
+
+
 @click.command(epilog=EPILOG, short_help="Make a model's quantized key caches more exact.")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option(
@@ -46,13 +51,7 @@ Examples:
     show_default=True,
     help="How much of it to read.",
 )
-@click.option(
-    "--context",
-    type=click.IntRange(min=library.MIN_TOKENS, max=library.MAX_CONTEXT),
-    metavar="N",
-    help="Positions at which the text is read, from 0 to this; only layers whose keys RoPE does not turn depend on it "
-    "[default: what MODEL was trained for]",
-)
+@click.option("--context", type=int, hidden=True, expose_value=False, callback=_no_longer_needed)
 @click.option("--seed", type=int, default=0, show_default=True, help="Which parts of a longer text.")
 @options.threads
 @options.force
@@ -63,7 +62,6 @@ def calibrate(
     in_place: bool,
     text: Path | None,
     tokens: int,
-    context: int | None,
     seed: int,
     threads: int | None,
     force: bool,
@@ -85,7 +83,6 @@ def calibrate(
         in_place=in_place,
         text=text,
         tokens=tokens,
-        context=context,
         seed=seed,
         threads=threads,
         force=force,

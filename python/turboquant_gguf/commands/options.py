@@ -35,7 +35,7 @@ def window(command: Callable) -> Callable:
     """The options --cache-window and --cache-sinks, in effect for all that the command does."""
     for name, field, what, default in (
         ("sinks", "sinks", "first", "4, where there is a window"),
-        ("window", "recent", "last", "64 with turbo types, 0 with others"),
+        ("window", "recent", "last", "with turbo types a 64th of the context, between 64 and 1024; 0 with others"),
     ):
         command = click.option(
             f"--cache-{name}",

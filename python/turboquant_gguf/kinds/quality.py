@@ -87,7 +87,7 @@ class Quality(Kind):
     """Scores of caches, a part for each chunk of a text; a row is Scores as they lie in memory.
 
     base: types of the cache that all are compared with. context: tokens in a chunk. decode: the second half is read
-    token by token, not in batches. threads and gpu_layers are those of logits.py.
+    token by token, not in batches. positions: of a chunk's first token. threads and gpu_layers are those of logits.py.
     """
 
     name = "quality"
@@ -163,6 +163,15 @@ class Quality(Kind):
             type=click.IntRange(min=1),
             help="How many chunks, from the first [default: all]",
         ),
+        option(
+            "--positions",
+            type=click.IntRange(min=0),
+            default=0,
+            show_default=True,
+            metavar="OFFSET",
+            help="The position of a chunk's first token: the same tokens, as if that many others had come before. Where "
+            "attention depends on distances alone, as with RoPE, an unquantized cache loses nothing there.",
+        ),
         option("--decode", is_flag=True, help="Read the second half of each chunk token by token, as answers are."),
         option(
             "--gpu-layers",
@@ -178,6 +187,7 @@ class Quality(Kind):
     context: int
     decode: bool = False
     gpu_layers: int = 0
+    positions: int = 0
 
     #
     # measuring
@@ -202,9 +212,17 @@ class Quality(Kind):
         chunks: int | None = None,
         **options: Any,
     ) -> Iterator[Self]:
+        from ..llamacpp.ggufile import GGUFModel
         from ..llamacpp.logits import Model
 
         piece = cls(work.model, work.facts, work.threads, {}, text, base, context, **options)
+        with GGUFModel(work.model) as file:
+            learned = file.learned_positions
+        if learned and piece.positions and piece.positions + context > learned:
+            raise TurboquantError(
+                f"{work.model} knows {learned} positions, and this would read up to {piece.positions + context}. Give a "
+                "shorter --context or fewer --positions."
+            )
         with Model(work.model, vocabulary_only=True) as model:
             count = len(piece.cut(model)[:chunks])
         yield replace(piece, parts=dict.fromkeys(range(count), work.types))
@@ -220,6 +238,7 @@ class Quality(Kind):
             "decode": self.decode,
             "gpu_layers": self.gpu_layers,
             "build": provenance.build(),
+            **({"positions": self.positions} if self.positions else {}),  # rows of older versions have none
         }
 
     def measure(self, step: Step) -> Iterator[Row]:
@@ -267,7 +286,7 @@ class Quality(Kind):
             context.facts  # noqa: B018 - raises unless the cache is what was asked for
             for begin, end in pairwise((*starts, last if self.decode else self.context)):
                 outputs = max(0, end - max(begin, first))
-                logits = context.read(chunk[begin:end], begin, outputs=outputs)
+                logits = context.read(chunk[begin:end], self.positions + begin, outputs=outputs)
                 if outputs:
                     yield logits[: last - max(begin, first)]
 
@@ -308,6 +327,7 @@ class Quality(Kind):
             settings["text"],
             f"{tables.count(finding.parts, 'chunk')} of {settings['context']} tokens",
             "token by token" if settings["decode"] else "in batches",
+            *([f"at positions from {settings['positions']} on"] if settings.get("positions") else []),
             *([f"{tables.count(settings['gpu_layers'], 'layer')} on a GPU"] if settings.get("gpu_layers") else []),
         ]
 

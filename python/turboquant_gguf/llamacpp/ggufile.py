@@ -175,6 +175,11 @@ class GGUFModel(Owner):
                     raise TurboquantError(f"{file.path} is not part {number + 1} of its model. Download it again.")
             self._owned = owned.pop_all()
 
+    @property
+    def learned_positions(self) -> int | None:
+        """How many positions there are, if the model learned them one by one; None if it reads at any."""
+        return next((tensor.shape[1] for tensor in self.tensors if tensor.name == "position_embd.weight"), None)
+
 
 def _parts(path: Path, metadata: Mapping[str, Any]) -> tuple[Path, ...]:
     """The files of the model that `path` is one of."""

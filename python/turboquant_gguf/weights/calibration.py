@@ -52,18 +52,22 @@ WINDOW = 512
 """Tokens that are read at once, from an empty cache: attention over longer distances does not count."""
 
 MIN_TOKENS = 256
-"""The shortest text and the shortest context."""
+"""The shortest text."""
 
-MAX_CONTEXT = 2**31 - 1  # positions are int32
+POSITIONS = 1 << 14
+"""Positions at which windows are read, at least: so many that what turns with them can be told from what does not."""
 
 READINGS = 12
-"""How many windows are read in a pass, at least, each at another place of the context."""
+"""How many windows are read in a pass, at least, each at other positions."""
 
 RECENT, SINKS = 64, 4
 """Tokens at the end and at the beginning that the recent window keeps as they are."""
 
 SINK_WEIGHT = np.float32(0.1)
 """Of pairs with the first tokens. Without a recent window, as stock types have none, their keys must not be given up."""
+
+CLEARLY = 0.9
+"""A layer's centre turns with RoPE unless one that does not leaves this much less error: at other positions it fails."""
 
 PASSES = 2
 _FLOOR = 1e-4  # of the mean of a head's channels: no channel is scaled as if it had no variance at all
@@ -136,15 +140,13 @@ class Layer:
 class Calibration:
     """What was written.
 
-    path: the GGUF. tokens: read. context: the positions at which they were read. layers: whose keys are calibrated.
-    turning: of those, how many have a centre that turns with the position. centred: whether the others are centred, too;
-    reason: why not, or None. error: the expected squared error of the scores, weighted as above, as a part of what it
-    was.
+    path: the GGUF. tokens: read. layers: whose keys are calibrated. turning: of those, how many have a centre that turns
+    with the position. centred: whether the others are centred, too; reason: why not, or None. error: the expected
+    squared error of the scores, weighted as above, as a part of what it was.
     """
 
     path: Path
     tokens: int
-    context: int
     layers: int
     turning: int
     centred: bool
@@ -159,7 +161,6 @@ def calibrate(
     in_place: bool = False,
     text: Path | None = None,
     tokens: int = DEFAULT_TOKENS,
-    context: int | None = None,
     seed: int = 0,
     threads: int | None = None,
     force: bool = False,
@@ -169,8 +170,7 @@ def calibrate(
 
     output: the copy; None names it after the model, in the current folder. in_place: replace the model by it. text: a
     UTF-8 file; None takes the one in the package. tokens: how many of it to read; of a longer text, windows of 512 are
-    drawn at random (seed). context: positions up to which the text is read; None takes what the model was trained for.
-    What is found holds at all positions wherever RoPE turns keys. threads: of the CPU. force: replace an existing output. console: where the progress goes.
+    drawn at random (seed). threads: of the CPU. force: replace an existing output. console: where the progress goes.
     Raises TurboquantError with what to do about it.
     """
     with GGUFModel(model) as file:
@@ -179,7 +179,7 @@ def calibrate(
                 f"{model} is one of {len(file.paths)} parts. Join them first: llama-gguf-split --merge."
             )
         layers = int(file.metadata.get(f"{file.metadata['general.architecture']}.block_count", 0))
-        context = _context(file, context)
+        positions = _positions(file)
     if in_place:
         output = model
         outputfile.check_folder(output)
@@ -193,8 +193,8 @@ def calibrate(
 
     found: dict[int, Layer] = {}
     with Model(model) as opened, progress.bar(console) as bar:
-        windows = _windows(opened.tokenize(content), tokens, min(WINDOW, context), seed)
-        readings = _readings(windows, context)
+        windows = _windows(opened.tokenize(content), tokens, min(WINDOW, positions), seed)
+        readings = spread(windows, positions)
         task = bar.add_task("reading windows", total=PASSES * len(readings))
         for number in range(PASSES):
             statistics = _read(opened, readings, found, threads, lambda: bar.advance(task))
@@ -215,7 +215,7 @@ def calibrate(
     error = statistics.error / before
     read = sum(map(len, windows))
     turning = sum(layer.rotary is not None for layer in found.values())
-    return Calibration(output, read, context, len(found), turning, statistics.centred, statistics.reason, error)
+    return Calibration(output, read, len(found), turning, statistics.centred, statistics.reason, error)
 
 
 def _require_use(calibrated: Path) -> None:
@@ -225,14 +225,10 @@ def _require_use(calibrated: Path) -> None:
         memory.measure(F16, STEP)
 
 
-def _context(file: GGUFModel, asked: int | None) -> int:
-    """The context to measure for, in tokens. Raises TurboquantError if the model has no positions for it."""
+def _positions(file: GGUFModel) -> int:
+    """How many positions to read at. A model that learned its positions has no more."""
     trained = int(file.metadata.get(f"{file.metadata['general.architecture']}.context_length", WINDOW))
-    learned = [tensor.shape[1] for tensor in file.tensors if tensor.name == "position_embd.weight"]
-    longest = min([MAX_CONTEXT, *learned])
-    if asked and asked > longest:
-        raise TurboquantError(f"{file.paths[0]} knows {longest} positions. Give a --context of at most that.")
-    return asked or min(max(trained, MIN_TOKENS), longest)
+    return file.learned_positions or max(trained, POSITIONS)
 
 
 def _windows(prompt: Sequence[int], tokens: int, length: int, seed: int) -> list[list[int]]:
@@ -252,20 +248,13 @@ def _windows(prompt: Sequence[int], tokens: int, length: int, seed: int) -> list
     return windows
 
 
-def _readings(windows: Sequence[list[int]], context: int) -> list[tuple[int, list[int]]]:
-    """Every window with the position of its first token, several times if they are few.
-
-    Half of them are spread evenly over the context, and half as the keys are when contexts are filled to a random part,
-    where the share of keys before a part x is x - x log x: short contexts are frequent, and none may lose.
-    """
+def spread(windows: Sequence[list[int]], positions: int) -> list[tuple[int, list[int]]]:
+    """Every window with the position of its first token, several times if they are few, evenly over the positions."""
     length = max(map(len, windows))
-    if context <= length:
+    if positions <= length:
         return [(0, window) for window in windows]
     times = -(-READINGS // len(windows))
-    count = times * len(windows)
-    part = np.linspace(0, 1, 4097)[1:]
-    places = np.interp((np.arange(count) + 0.5) / count, part - part * np.log(part) / 2, part)
-    starts = np.rint(places * (context - length)).astype(int).tolist()
+    starts = np.linspace(0, positions - length, times * len(windows)).astype(int).tolist()
     return list(zip(starts, [*windows] * times, strict=True))
 
 
@@ -358,7 +347,7 @@ class Moments:
         tied = self._rotary.tied
         spread = tied(self.keys2 / weight) - tied(self._rotary.averaged(center) ** 2)
         turning = _Solution(Layer(center, center, self._rotary), spread, tied(self.queries2))
-        return min(turning, fixed, key=lambda solution: solution.error).layer
+        return (fixed if fixed.error < CLEARLY * turning.error else turning).layer
 
 
 class _Solution:
@@ -459,7 +448,7 @@ def _read(
     on_window: Callable[[], None],
 ) -> _Statistics:
     """Run the model over every window, at its position. known: centre and scale of each layer so far."""
-    statistics = _Statistics(known, lambda layer: _rotary(context, layer))
+    statistics = _Statistics(known, lambda layer: rotary_of(context, layer))
     callback = ggml.attention_callback(statistics.observe)
     with ExitStack() as owned:
         observer = ggml.function("turbo_observer_new")(callback, None)
@@ -477,7 +466,7 @@ def _read(
     return statistics
 
 
-def _rotary(context: Context, layer: int) -> Rotary | None:
+def rotary_of(context: Context, layer: int) -> Rotary | None:
     """How the keys of a layer turn with their position; None if they do not."""
     found = ggml.Rotary()
     ggml.function("turbo_get_rotary")(context.handle, layer, ctypes.byref(found))
