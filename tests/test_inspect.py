@@ -312,6 +312,7 @@ def test_report_of_a_real_model(smollm2):
     turbo = pairs["turbo4", "turbo4"]
     assert turbo.smaller_than_f16 == pytest.approx(16 / 4.25)
     assert turbo.trained_bytes == 8192 * turbo.bytes_per_token + turbo.fixed_bytes
+    assert turbo.fixed_bytes == 30 * 2 * 3 * 64 * 2 * window_slots(1, 8192)  # layers, both, KV heads, head size, f16
     assert turbo.times_f16 == turbo.longest_context / pairs["f16", "f16"].longest_context > 3
 
 

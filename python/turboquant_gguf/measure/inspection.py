@@ -62,8 +62,8 @@ class Pair:
 
     refusal: why llama.cpp does not take this pair; empty if it does, and only then the numbers are not None.
     bytes_per_token: what each further token takes. smaller_than_f16: f16's as a multiple of that; None if it is 0.
-    fixed_bytes: what does not grow: sliding windows, recurrent states. trained_bytes: all of it at the length the model
-    was trained for. longest_context: tokens that fit in the memory asked for, together with weights and buffers; 0 if
+    trained_bytes: all of it at the length the model was trained for. fixed_bytes: of that, or in long contexts if the
+    file does not say it, what does not grow with each token: recent and sliding windows, recurrent states. longest_context: tokens that fit in the memory asked for, together with weights and buffers; 0 if
     none. times_f16: that as a multiple of f16's; None if that is 0.
     """
 
@@ -237,13 +237,14 @@ def _pair(measured: ModelMemory, types: CacheTypes, memory: int | None, trained:
     if refusal := measured.refusal(types):
         return Pair(types.k, types.v, refusal)
     growth = measured.growth(types)
+    whole = measured.size(types, trained).cache if trained else None
     pair = Pair(
         type_k=types.k,
         type_v=types.v,
         bytes_per_token=growth.cache_per_token,
         smaller_than_f16=_ratio(measured.growth(F16).cache_per_token, growth.cache_per_token),
-        fixed_bytes=growth.cache_fixed,
-        trained_bytes=measured.size(types, trained).cache if trained else None,
+        fixed_bytes=whole - trained * growth.cache_per_token if trained else growth.cache_fixed,
+        trained_bytes=whole,
     )
     if memory is None:
         return pair

@@ -147,7 +147,8 @@ def _notes(found: Caches, trained: int | None) -> Iterator[str]:
     if fixed:
         types = CacheTypes(fixed.type_k, fixed.type_v)
         more = size_text(fixed.fixed_bytes)
-        yield f"Recent or sliding windows and recurrent states take {more} more ({types}), however long the context."
+        where = f"at {trained} tokens" if trained else "in long contexts"
+        yield f"Recent or sliding windows and recurrent states take {more} more {where} ({types})."
     if found.memory is not None:
         yield (
             f"Counted by llama.cpp for {found.sequences} sequence, batches of {found.ubatch} and the CPU: the weights "
