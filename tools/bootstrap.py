@@ -42,6 +42,7 @@ BINDINGS = "llama-cpp-python"
 BINDINGS_CMAKE_ARGS = "-DLLAMA_BUILD=OFF"
 
 BAR_WIDTH = 20
+STAGE_CHARACTERS = 60  # pip lists all that it installs
 GRACE_SECONDS = 10
 PLAIN_SECONDS = 20  # between two lines of progress where there is no terminal to redraw a line on
 
@@ -289,7 +290,7 @@ class Progress:
             filled = BAR_WIDTH * done // total
             self.stage = "compiling %s%s %d/%d" % ("#" * filled, "." * (BAR_WIDTH - filled), done, total)
         elif stage:
-            self.stage = stage.group(1).strip()
+            self.stage = stage.group(1).strip()[:STAGE_CHARACTERS]
 
     def _tick(self):
         while not self.done.wait(0.2):
