@@ -525,22 +525,26 @@ def require_no_worse_when_moved(path: Path, plain: Path, types: CacheTypes, prom
     assert with_move < min(3 * without, 0.3)
 
 
-@pytest.mark.parametrize("types", ["f32", "turbo4"])
+@pytest.mark.parametrize("types, changes", [("f32", {}), ("q8_0", {}), ("turbo4", {}), ("q8_0", YARN)], ids=str)
 @pytest.mark.parametrize("is_calibrated", [False, True])
-def test_keys_at_positions_that_are_divided(types, is_calibrated, tmp_path, environment):
-    """In a model of one layer, where keys depend on their tokens and positions alone, they are those of the new ones."""
+@pytest.mark.parametrize("is_divided", [False, True])
+def test_keys_are_those_of_the_positions_they_are_moved_to(types, changes, is_calibrated, is_divided, tmp_path, environment):
+    """In a model of one layer, where keys depend on their tokens and positions alone; also where YaRN scales them."""
     environment("TURBO_CALIBRATION", "force")
-    model = checkpoints.gguf(tmp_path, "llama", head_dim=64, num_hidden_layers=1)
+    rope = dict(rope_parameters=changes) if changes else {}
+    model = checkpoints.gguf(tmp_path, "qwen3", head_dim=64, num_hidden_layers=1, layer_types=["full_attention"], **rope)
     if is_calibrated:
-        model = random_calibration(model, tmp_path / "calibrated.gguf")
+        model = random_calibration(model, tmp_path / "calibrated.gguf", scale=np.ones(128, np.float32))
     found = []
-    for last in (900, 300):
+    for position in (900, 300):
         with Sequences(model, CacheTypes(types, types), length=512, flash="enabled") as cache:
-            cache.read((3, 0, 0))
-            cache.read((7, last, 1))
-            cache.divide(1, 0, 1000, last // 300)
+            cache.read((7, position, 1))
+            if position > 300 and is_divided:
+                cache.divide(1, 0, 1000, 3)
+            elif position > 300:
+                cache.add(1, 0, 1000, -600)
             found.append(cache.read((9, 301, 1)))
-    assert compare(*found).relative_error < (1e-4 if types == "f32" else 0.3)
+    assert compare(*found).relative_error < {"f32": 1e-4, "q8_0": 0.02, "turbo4": 0.15}[types]
 
 
 @pytest.mark.parametrize("move", [shift, self_extend])

@@ -225,6 +225,9 @@ std::shared_ptr<llama_turbo_keys> llama_turbo_keys::make(
         return nullptr;
     }
 
+    if (!making.cparams) {
+        no_turning = "the cache was made outside of a context, and its RoPE is not known";
+    }
     auto result = std::make_shared<llama_turbo_keys>();
     result->calibration = calibration;
     size_t n_centered = 0, n_kept_back = 0;
@@ -247,8 +250,11 @@ std::shared_ptr<llama_turbo_keys> llama_turbo_keys::make(
             made.center = matrix(n_embd, n_kv);
         } else if (from.n_turned != 0 && no_turning) {
             ++n_kept_back;
-        } else if (from.n_turned != 0 && making.cparams) {
+        } else if (from.n_turned != 0) {
             const llama_turbo_rope rope = llama_turbo_rope::of(model, *making.cparams, place.owner);
+            if (rope.n_rot() != from.n_turned) {
+                throw refusal(format("has a centre that turns in layer %u, where the keys of this context do not", place.owner));
+            }
             auto & ropes = result->ropes;
             made.rope = std::find(ropes.begin(), ropes.end(), rope) - ropes.begin();
             if (made.rope == ropes.size()) {
