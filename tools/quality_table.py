@@ -4,9 +4,8 @@
     python tools/quality_table.py wiki.test.raw
 
 measures SmolLM2-135M-Instruct, as it is and with calibrated keys, with the recent window that is the default and
-without, and puts what comes out into README.md, docs/quality.png and
-python/turboquant_gguf/data/reference.json. What was measured is kept: interrupted, it
-goes on from there.
+without, in a short context and in the longest one, and puts what comes out into README.md, docs/quality.png and
+python/turboquant_gguf/data/reference.json. What was measured is kept: interrupted, it goes on from there.
 """
 
 from __future__ import annotations
@@ -37,6 +36,8 @@ TYPES = (
     "f16", "q8_0", "q5_1", "q5_0", "q4_0", "q8_0:turbo4", "q8_0:turbo3", "turbo4", "turbo4:turbo3", "turbo4:turbo2",
     "turbo3", "turbo2",
 )  # fmt: skip
+LONG_TYPES = ("f16", "q8_0", "q5_0", "q4_0", "turbo4", "turbo3", "turbo2")
+LONG_CONTEXT, LONG_CHUNKS = 8192, 1
 BEGIN, END = "<!-- by tools/quality_table.py -->", "<!-- end -->"
 
 
@@ -53,8 +54,8 @@ def main(text: Path, chunks: int, context: int, results: Path | None) -> None:
     if not calibrated.exists():  # made again with other threads it would be a little different, and so another model
         calibrate(model, calibrated, console=console)
 
-    def measured(path: Path, types: Sequence[str] = TYPES, results: Path = results) -> Finding:
-        how = {"text": str(text), "types": types, "context": context, "chunks": chunks}
+    def measured(path: Path, types: Sequence[str] = TYPES, results: Path = results, **other: int) -> Finding:
+        how = {"text": str(text), "types": types, "context": context, "chunks": chunks} | other
         found = measure("quality", path, results=results, console=console, **how)
         if found.interrupted or found.failures:
             raise click.ClickException("; ".join(one.message for one in found.failures) or "It was interrupted.")
@@ -65,7 +66,11 @@ def main(text: Path, chunks: int, context: int, results: Path | None) -> None:
     apart = results.with_stem(f"{results.stem}-no-window")  # the plot shows what is in `results`
     with recentwindow.use(recentwindow.RecentWindow(recent=0)):
         without = [measured(model, turbo, apart), measured(calibrated, turbo, apart)]
-    _write(ROOT / "README.md", _in_readme(_table(*without, *found)))
+    apart = results.with_stem(f"{results.stem}-long")
+    long = [
+        measured(path, LONG_TYPES, apart, context=LONG_CONTEXT, chunks=LONG_CHUNKS) for path in (model, calibrated)
+    ]
+    _write(ROOT / "README.md", _in_readme(f"{_table(*without, *found)}\n\n{_long_table(*found, *long)}"))
     report(results, outputs=[PLOT], models=[path.stem for path in (model, calibrated)], console=console)
     _write(REFERENCE, json.dumps(_reference(*found), indent=2) + "\n")
 
@@ -90,6 +95,23 @@ def _table(*findings: Finding) -> str:
             f"| {_name(types)} | {types.bits:g} | {' | '.join(map(_loss, results))} "
             f"| {best.top1:.1%} | {best.ppl_ratio:.3f} ± {best.ppl_ratio_stderr:.3f} |"
         )
+    return "\n".join(lines)
+
+
+def _long_table(*findings: Finding) -> str:
+    """What is usual and what is rare, by context. findings: as it is and calibrated, in the short and the long one."""
+    contexts = [finding.settings["context"] for finding in findings[::2]]
+    lines = [
+        f"Both contexts, with the recent window of turbo types ({LONG_CHUNKS} chunk of {LONG_CONTEXT}): KL divergence, mean / "
+        "median / 99th percentile",
+        "",
+        "| keys : values | " + " | ".join(f"{context}, as it is | {context}, **calibrated**" for context in contexts) + " |",
+        "|---|---|---|---|---|",
+    ]
+    for types in map(CacheTypes.parse, LONG_TYPES[1:]):
+        losses = (finding.values[types] for finding in findings)
+        cells = (f"{one.kld_mean:.4f} / {one.kld_median:.4f} / {one.kld_p99:.3f}" for one in losses)
+        lines.append(f"| {_name(types)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

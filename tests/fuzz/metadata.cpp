@@ -13,7 +13,7 @@ namespace {
 
 const char * const KEYS[] = {
     "turboquant.keys.version", "turboquant.keys.context", "turboquant.keys.sizes", "turboquant.keys.center", "turboquant.keys.scale",
-    "turboquant.values.version",
+    "turboquant.keys.turned",  "turboquant.values.version",
 };
 
 using gguf_ptr = std::unique_ptr<gguf_context, decltype(&gguf_free)>;
@@ -30,8 +30,10 @@ public:
         tiny_metadata(whole.get());
         model = tiny_model(whole.get());
         expect(model != nullptr, "the tiny model could not be made");
-        tiny_calibration(whole.get());
-        expect(load(whole.get()), "a good calibration was refused");
+        for (bool turned : { false, true }) {
+            tiny_calibration(whole.get(), turned);
+            expect(load(whole.get()), "a good calibration was refused");
+        }
     }
 
     void run(fuzz_random & random) override {
@@ -40,7 +42,7 @@ public:
         if (is_whole) {
             tiny_metadata(file.get());
         }
-        tiny_calibration(file.get());
+        tiny_calibration(file.get(), random.one_in(2));
         for (uint64_t n = 1 + random.below(3); n > 0; --n) {
             change(random, file.get());
         }
@@ -82,6 +84,7 @@ private:
         for (const auto & layer : made->layers) {
             expect(layer.scale.empty() || layer.scale.size() == TINY_HEAD_SIZE, "a calibration of other heads was loaded");
             expect(layer.center.empty() || layer.center.size() == layer.scale.size(), "centres and scales do not fit each other");
+            expect(layer.n_turned == 0 || (layer.n_turned == TINY_HEAD_SIZE && !layer.center.empty()), "a centre turns that is none");
             for (size_t i = 0; i < layer.scale.size(); ++i) {
                 expect(layer.scale[i] > 0 && std::isfinite(1/layer.scale[i]) && std::isfinite(layer.scale[i]), "a scale is useless");
                 expect(layer.center.empty() || std::isfinite(layer.center[i]), "a centre is not finite");
@@ -169,15 +172,15 @@ private:
         set_array(file, key, GGUF_TYPE_FLOAT32, values);
     }
 
-    static void change_sizes(fuzz_random & random, gguf_context * file) {
-        std::vector<int32_t> sizes = array<int32_t>(file, KEYS[2], GGUF_TYPE_INT32);
+    static void change_sizes(fuzz_random & random, gguf_context * file, const char * key) {
+        std::vector<int32_t> sizes = array<int32_t>(file, key, GGUF_TYPE_INT32);
         if (sizes.empty() || random.one_in(4)) {
             sizes.resize(random.below(5), TINY_HEAD_SIZE);
         } else {
             sizes[random.below(sizes.size())] = random.one_in(2)
                 ? random.pick({ 0, -1, 63, 64, 65, 128, INT32_MIN, INT32_MAX, -64 }) : (int32_t) random.hostile_integer();
         }
-        set_array(file, KEYS[2], GGUF_TYPE_INT32, sizes);
+        set_array(file, key, GGUF_TYPE_INT32, sizes);
     }
 
     static void change(fuzz_random & random, gguf_context * file) {
@@ -187,7 +190,7 @@ private:
             case 1:  gguf_remove_key(file, key); break;
             case 2:  gguf_set_val_u32(file, KEYS[random.below(2)], (uint32_t) random.hostile_integer()); break;
             case 3:
-            case 4:  change_sizes(random, file); break;
+            case 4:  change_sizes(random, file, KEYS[random.one_in(2) ? 2 : 5]); break;
             case 5:  change_floats(random, file, KEYS[3]); break;
             default: change_floats(random, file, KEYS[4]); break;
         }

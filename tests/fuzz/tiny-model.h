@@ -30,16 +30,20 @@ inline void tiny_metadata(gguf_context * to) {
     gguf_set_val_f32(to, "llama.attention.layer_norm_rms_epsilon", 1e-5f);
 }
 
-// A calibration that fits: scales of 1/2 and 2, of which the geometric mean is 1.
-inline void tiny_calibration(gguf_context * to) {
+// A calibration that fits: scales of 1/2 and 2, of which the geometric mean is 1. turned: of version 2, with centres that
+// turn with the position.
+inline void tiny_calibration(gguf_context * to, bool turned = true) {
     const std::vector<int32_t> sizes(TINY_LAYERS, TINY_HEAD_SIZE);
     std::vector<float> center, scale;
     for (int32_t i = 0; i < TINY_LAYERS*TINY_HEAD_SIZE; ++i) {
         center.push_back((float) (i % 5) - 2);
         scale.push_back(i % 2 ? 2.0f : 0.5f);
     }
-    gguf_set_val_u32(to, "turboquant.keys.version", 1);
+    gguf_set_val_u32(to, "turboquant.keys.version", turned ? 2 : 1);
     gguf_set_val_u32(to, "turboquant.keys.context", 1 << 20);
+    if (turned) { // all channels
+        gguf_set_arr_data(to, "turboquant.keys.turned", GGUF_TYPE_INT32, sizes.data(), sizes.size());
+    }
     gguf_set_arr_data(to, "turboquant.keys.sizes",  GGUF_TYPE_INT32,   sizes.data(),  sizes.size());
     gguf_set_arr_data(to, "turboquant.keys.center", GGUF_TYPE_FLOAT32, center.data(), center.size());
     gguf_set_arr_data(to, "turboquant.keys.scale",  GGUF_TYPE_FLOAT32, scale.data(),  scale.size());
