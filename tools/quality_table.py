@@ -3,8 +3,8 @@
 
     python tools/quality_table.py wiki.test.raw
 
-measures SmolLM2-135M-Instruct, as it is and with calibrated keys, with the recent window that is the default and
-without, in a short context and in the longest one, and puts what comes out into README.md, docs/quality.png and
+measures SmolLM2-135M-Instruct, as it is and with calibrated keys, with the recent window that is the default, in a
+short context and in the longest one, and puts what comes out into README.md, docs/quality.png and
 python/turboquant_gguf/data/reference.json. What was measured is kept: interrupted, it goes on from there.
 """
 
@@ -22,7 +22,7 @@ from turboquant_gguf.core import outputfile
 from turboquant_gguf.core.folders import cache_folder
 from turboquant_gguf.kinds import Finding
 from turboquant_gguf.kinds.quality import Loss
-from turboquant_gguf.llamacpp import models, recentwindow
+from turboquant_gguf.llamacpp import models
 from turboquant_gguf.llamacpp.cachetypes import CacheTypes
 from turboquant_gguf.measure import store
 from turboquant_gguf.measure.sweep import measure
@@ -36,7 +36,7 @@ TYPES = (
     "f16", "q8_0", "q5_1", "q5_0", "q4_0", "q8_0:turbo4", "q8_0:turbo3", "turbo4", "turbo4:turbo3", "turbo4:turbo2",
     "turbo3", "turbo2",
 )  # fmt: skip
-LONG_TYPES = ("f16", "q8_0", "q5_0", "q4_0", "turbo4", "turbo3", "turbo2")
+LONG_TYPES = ("f16", "q5_0", "q4_0", "turbo4", "turbo3", "turbo2")
 LONG_CONTEXT, LONG_CHUNKS = 8192, 1
 BEGIN, END = "<!-- by tools/quality_table.py -->", "<!-- end -->"
 
@@ -62,38 +62,31 @@ def main(text: Path, chunks: int, context: int, results: Path | None) -> None:
         return found.findings[0]
 
     found = [measured(model), measured(calibrated)]
-    turbo = [name for name in TYPES if CacheTypes.parse(name).is_turbo]  # others have no window anyway
-    apart = results.with_stem(f"{results.stem}-no-window")  # the plot shows what is in `results`
-    with recentwindow.use(recentwindow.RecentWindow(recent=0)):
-        without = [measured(model, turbo, apart), measured(calibrated, turbo, apart)]
-    apart = results.with_stem(f"{results.stem}-long")
+    apart = results.with_stem(f"{results.stem}-long")  # the plot shows what is in `results`
     long = [
         measured(path, LONG_TYPES, apart, context=LONG_CONTEXT, chunks=LONG_CHUNKS) for path in (model, calibrated)
     ]
-    _write(ROOT / "README.md", _in_readme(f"{_table(*without, *found)}\n\n{_long_table(*found, *long)}"))
+    _write(ROOT / "README.md", _in_readme(f"{_table(*found)}\n\n{_long_table(*found, *long)}"))
     report(results, outputs=[PLOT], models=[path.stem for path in (model, calibrated)], console=console)
     _write(REFERENCE, json.dumps(_reference(*found), indent=2) + "\n")
 
 
 def _table(*findings: Finding) -> str:
-    """The table. findings: without a window as it is, and calibrated; then with what the default is, and more types."""
+    """The table. findings: as it is, and calibrated."""
     settings = findings[-1].settings
     lines = [
         "SmolLM2-135M-Instruct Q4_1, a small model with heads of 64 values, which suffers more than large ones; "
-        f"{settings['text']}, {findings[-1].parts} chunks of {settings['context']} tokens:",
+        f"{settings['text']}, {findings[-1].parts} chunks of {settings['context']} tokens, with the recent window of turbo "
+        "types (others have none):",
         "",
-        "| keys : values | bits | KL divergence, no recent window | and calibrated | with the recent window "
-        "| **and calibrated** | same top token | perplexity, times f16 |",
-        "|---|---|---|---|---|---|---|---|",
+        "| keys : values | bits | KL divergence, as it is | **calibrated** | same top token | perplexity, times f16 |",
+        "|---|---|---|---|---|---|",
     ]
-    by_types = [found.values for found in findings]
-    for types, best in by_types[-1].items():
-        results = [found.get(types) for found in by_types]
-        if not types.is_turbo:  # no window by default
-            results = [*results[2:], None, None]
+    plain, calibrated = (found.values for found in findings)
+    for types, best in calibrated.items():
         lines.append(
-            f"| {_name(types)} | {types.bits:g} | {' | '.join(map(_loss, results))} "
-            f"| {best.top1:.1%} | {best.ppl_ratio:.3f} ± {best.ppl_ratio_stderr:.3f} |"
+            f"| {_name(types)} | {types.bits:g} | {_loss(plain[types])} | {_loss(best)} | {best.top1:.1%} "
+            f"| {best.ppl_ratio:.3f} ± {best.ppl_ratio_stderr:.3f} |"
         )
     return "\n".join(lines)
 
@@ -120,8 +113,8 @@ def _name(types: CacheTypes) -> str:
     return f"**{name}**" if types.is_turbo else name
 
 
-def _loss(result: Loss | None) -> str:
-    return f"{result.kld_mean:.4f} ± {result.kld_stderr:.4f}" if result else "no window"
+def _loss(result: Loss) -> str:
+    return f"{result.kld_mean:.4f} ± {result.kld_stderr:.4f}"
 
 
 def _in_readme(table: str) -> str:
