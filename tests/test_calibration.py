@@ -419,8 +419,9 @@ def test_attention_that_cannot_be_measured_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("types", ["turbo4", "turbo3"])
-def test_a_gain_all_over_the_context(smollm2, calibrated, types):
+def test_a_gain_all_over_the_context(smollm2, calibrated, types, environment):
     """Of 200 tokens at the beginning, in the middle and at the end, where fixed centres lost more than half."""
+    environment("TURBO_CACHE_WINDOW", "64")
     losses = []
     for path in (smollm2, calibrated):
         losses.append([])
@@ -430,14 +431,15 @@ def test_a_gain_all_over_the_context(smollm2, calibrated, types):
                 with Model(model) as loaded, loaded.open(256, cache) as context:
                     found.append(context.read(PROMPT, position, outputs=len(PROMPT)).copy())
             losses[-1].append(compare(*found).kl_mean)
-    assert (np.array(losses[1]) < 0.8 * np.array(losses[0])).all()
+    assert (np.array(losses[1]) < 0.9 * np.array(losses[0])).all()
 
 
 # ---- a better one ----
 
 
-@pytest.mark.parametrize("types, factor", [("turbo4", 1.3), ("turbo3", 1.5), ("turbo2", 1.5), ("q4_0:f16", 1.3)])
-def test_quantized_keys_lose_less(smollm2, calibrated, types, factor):
+@pytest.mark.parametrize("types, factor", [("turbo4", 1.15), ("turbo3", 1.3), ("turbo2", 1.6), ("q4_0:f16", 1.15)])
+def test_quantized_keys_lose_less(smollm2, calibrated, types, factor, environment):
+    environment("TURBO_CACHE_WINDOW", "64")
     cache = CacheTypes.parse(types)
     truth = run_gguf(smollm2, PROMPT, EXACT)
     plain, better = (compare(truth, run_gguf(model, PROMPT, cache)).kl_mean for model in (smollm2, calibrated))
