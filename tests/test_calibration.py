@@ -43,6 +43,12 @@ def no_recent_window(monkeypatch):
 
 
 @pytest.fixture
+def few_readings(monkeypatch):
+    """A short text is read twice, not twelve times: what is found does not matter."""
+    monkeypatch.setattr(calibration, "READINGS", 2)
+
+
+@pytest.fixture
 def environment(monkeypatch):
     """Sets an environment variable for llama.cpp; undone after the test."""
     return monkeypatch.setenv
@@ -446,7 +452,7 @@ def test_quantized_keys_lose_less(smollm2, calibrated, types, factor, environmen
     assert better < plain / factor
 
 
-def test_channels_with_outliers(smollm2_folder, tmp_path):
+def test_channels_with_outliers(smollm2_folder, tmp_path, few_readings):
     """A RoPE pair of keys 30 times as large, the same pair of queries as small: the same model, ruined at few bits.
 
     This is what key biases do to Qwen 2.5. Calibrated, it is as good as without.
@@ -644,7 +650,7 @@ def test_again_it_writes_the_same_file(tmp_path):
     assert again.path.read_bytes() == once.path.read_bytes()
 
 
-def test_seed_and_length_choose_the_text(smollm2, tmp_path):
+def test_seed_and_length_choose_the_text(smollm2, tmp_path, few_readings):
     text = tmp_path / "long.txt"
     text.write_text("".join(f"Line {number} says {number * number}. " for number in range(600)))
     a, b, c = (
@@ -658,7 +664,7 @@ def test_seed_and_length_choose_the_text(smollm2, tmp_path):
 SHORT = ("--tokens", "256")
 
 
-def test_in_place_and_output_names(smollm2, tmp_path, monkeypatch):
+def test_in_place_and_output_names(smollm2, tmp_path, monkeypatch, few_readings):
     monkeypatch.chdir(tmp_path)
     model = tmp_path / "model.gguf"
     model.write_bytes(smollm2.read_bytes())
