@@ -96,6 +96,8 @@ def download(scratch: Path, pin: dict) -> Path:
     requirement.write_text(" ".join([f"{pin['package']}=={pin['version']}", *known]) + "\n")
     module = backend.joinpath(*pin["backend"].split(".")).with_suffix(".py")
     module.parent.mkdir(parents=True)
+    for package in module.relative_to(backend).parents[:-1]:  # without these, the same package installed would go first
+        (backend / package / "__init__.py").touch()
     module.write_text(BACKEND.format(**pin, module=pin["package"].replace("-", "_")))
     command = [
         sys.executable, "-P", "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
