@@ -425,19 +425,21 @@ def test_attention_that_cannot_be_measured_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("types", ["turbo4", "turbo3"])
-def test_a_gain_all_over_the_context(smollm2, calibrated, types, environment):
-    """Of 200 tokens at the beginning, in the middle and at the end, where fixed centres lost more than half."""
+def test_calibrated_keys_lose_the_same_at_all_positions(calibrated, types, environment):
+    """Of 200 tokens at the beginning, in the middle and at the end, where fixed centres lost twice as much.
+
+    No first tokens are kept: at later positions there are none.
+    """
     environment("TURBO_CACHE_WINDOW", "64")
+    environment("TURBO_CACHE_SINKS", "0")
     losses = []
-    for path in (smollm2, calibrated):
-        losses.append([])
-        for position in (0, 4000, 7900):
-            found = []
-            for model, cache in ((smollm2, EXACT), (path, CacheTypes.parse(types))):
-                with Model(model) as loaded, loaded.open(256, cache) as context:
-                    found.append(context.read(PROMPT, position, outputs=len(PROMPT)).copy())
-            losses[-1].append(compare(*found).kl_mean)
-    assert (np.array(losses[1]) < 0.9 * np.array(losses[0])).all()
+    for position in (0, 4000, 7900):
+        found = []
+        for cache in (EXACT, CacheTypes.parse(types)):
+            with Model(calibrated) as loaded, loaded.open(256, cache) as context:
+                found.append(context.read(PROMPT, position, outputs=len(PROMPT)).copy())
+        losses.append(compare(*found).kl_mean)
+    assert max(losses) < 1.4 * min(losses)
 
 
 # ---- a better one ----
@@ -452,7 +454,7 @@ def test_quantized_keys_lose_less(smollm2, calibrated, types, factor, environmen
     assert better < plain / factor
 
 
-def test_channels_with_outliers(smollm2_folder, tmp_path, few_readings):
+def test_channels_with_outliers(smollm2_folder, tmp_path):
     """A RoPE pair of keys 30 times as large, the same pair of queries as small: the same model, ruined at few bits.
 
     This is what key biases do to Qwen 2.5. Calibrated, it is as good as without.
