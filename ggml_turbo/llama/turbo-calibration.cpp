@@ -119,7 +119,6 @@ std::shared_ptr<const llama_turbo_calibration> llama_turbo_calibration::load(con
         throw refusal("has a " + KEY + "context of the wrong type");
     }
     result->context = context >= 0 ? gguf_get_val_u32(metadata, context) : known == 1 ? CONTEXT_UNSAID : UINT32_MAX;
-    result->version = known;
     const bool scores_shift = hparams.attn_soft_cap || has_sinks(metadata, hparams.n_layer_all);
     size_t begin = 0;
     for (size_t il = 0; il < sizes.size(); ++il) {

@@ -38,7 +38,6 @@ struct llama_turbo_calibration {
     std::vector<layer> layers;
     uint64_t           hash    = 0; // of the vectors; odd
     uint32_t           context = 0; // the longest it is good for, in tokens
-    uint32_t           version = 0; // of what the file says; from 2 on, centres may turn
 
     // From the metadata of a model; null if there is none. Throws if it is damaged, of a version that this build does not
     // know, or not of this model.

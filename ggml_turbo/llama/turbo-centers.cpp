@@ -100,6 +100,7 @@ static size_t room_for(const llama_kv_cache_context * batch) {
 llm_graph_input_turbo_batch_centers::llm_graph_input_turbo_batch_centers(
         ggml_context * ctx, const llama_kv_cache_context * batch, bool is_swa, int64_t n_tokens)
     : llm_graph_input_turbo_centers(ctx, llama_turbo_kv::of(batch).keys, room_for(batch)), is_swa(is_swa), batch(batch) {
+    tiles       = llama_turbo_kv::tiles(batch);
     token_tiles = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_tokens);
     ggml_set_input(token_tiles);
 }
@@ -115,7 +116,6 @@ llm_graph_input_turbo_batch_centers * llm_graph_input_turbo_batch_centers::find(
 }
 
 void llm_graph_input_turbo_batch_centers::set_input(const llama_ubatch * ubatch) {
-    tiles = llama_turbo_kv::tiles(batch);
     set(tiles);
     if (token_tiles->buffer) {
         std::vector<int32_t> of_tokens;
@@ -128,7 +128,11 @@ void llm_graph_input_turbo_batch_centers::set_input(const llama_ubatch * ubatch)
 
 bool llm_graph_input_turbo_batch_centers::can_reuse(const llm_graph_params & params) {
     batch = llama_turbo_kv::cache_of(params.mctx, is_swa);
-    return batch && token_tiles->ne[0] == params.ubatch.n_tokens && llama_turbo_kv::tiles(batch).size() <= n_tiles();
+    if (!batch || token_tiles->ne[0] != params.ubatch.n_tokens) {
+        return false;
+    }
+    tiles = llama_turbo_kv::tiles(batch);
+    return tiles.size() <= n_tiles();
 }
 
 // ---- of a context shift ----

@@ -81,8 +81,7 @@ public:
 
     std::map<int32_t, ggml_tensor *> biases; // by layer: llama_turbo_keys::q_centers
 
-    // The tiles of this batch, once its inputs are being set.
-    llama_turbo_tiles tiles;
+    llama_turbo_tiles tiles; // of this batch, found when its graph is built or taken again
 
 private:
     const llama_kv_cache_context * batch; // of the batch at hand: it lives no longer than that, the graph does

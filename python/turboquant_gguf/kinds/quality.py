@@ -217,13 +217,14 @@ class Quality(Kind):
         from ..llamacpp.logits import Model
 
         piece = cls(work.model, work.facts, work.threads, {}, text, base, context, **options)
-        with GGUFModel(work.model) as file:
-            learned = file.learned_positions
-        if learned and piece.positions and piece.positions + context > learned:
-            raise TurboquantError(
-                f"{work.model} knows {learned} positions, and this would read up to {piece.positions + context}. Give a "
-                "shorter --context or fewer --positions."
-            )
+        if piece.positions:
+            with GGUFModel(work.model) as file:
+                learned = file.learned_positions
+            if learned and piece.positions + context > learned:
+                raise TurboquantError(
+                    f"{work.model} knows {learned} positions, and this would read up to {piece.positions + context}. "
+                    "Give a shorter --context or fewer --positions."
+                )
         with Model(work.model, vocabulary_only=True) as model:
             count = len(piece.cut(model)[:chunks])
         yield replace(piece, parts=dict.fromkeys(range(count), work.types))
