@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import asdict, replace
 from itertools import islice, pairwise
 from pathlib import Path
@@ -209,14 +210,21 @@ def test_further_trials_are_added(tiny, tmp_path):
     assert (more.known, more.added) == (2, 4) and len(more.findings[0].values[retrieval.F16]) == 3
 
 
+def reported(running, pattern: str, times: int) -> list[str]:
+    """What a server's log says by `pattern`: it may write its last line after the client has its answer."""
+    deadline = time.monotonic() + 60
+    while len(found := re.findall(pattern, running.log())) < times and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return found
+
+
 def test_every_prompt_is_read_from_its_beginning(tiny):
     prompt = needles.prompt(list(islice(needles.generated(0), 3)), NEEDLE, 50)
     arguments = {"context": 512, "extra_args": retrieval.SERVER_ARGUMENTS}
     with server.running(tiny, CacheTypes("f16", "f16"), **arguments) as running, running.token_counter() as count:
         for _ in range(2):
             running.ask(prompt, max_tokens=2)
-        read = re.findall(r"prompt eval time = .*?/ +(\d+) tokens", running.log())
-        assert read == [str(count(prompt))] * 2
+        assert reported(running, r"prompt eval time = .*?/ +(\d+) tokens", times=2) == [str(count(prompt))] * 2
 
 
 def test_seed_changes_text_and_needles(tiny, tmp_path):
