@@ -635,17 +635,20 @@ struct attention {
     // may become any number.
     void add_biases(const scratch & s, const part & p, int64_t stream, int64_t key0, const view & seen, const float ** queries) const {
         const int32_t * tiles = (const int32_t *) ((const char *) p.tiles->data + stream*p.tiles->nb[3]) + p.tile + key0;
-        const bool is_one = std::all_of(tiles, tiles + seen.end, [&](int32_t tile) { return tile == tiles[0]; });
+        int32_t others = 0;
+        for (int key = seen.begin; key < seen.end; ++key) {
+            others |= tiles[key] ^ tiles[seen.begin];
+        }
         seen.each_row([&](int r) {
             const float * biases = queries[r] + size_k;
             float *       scores = s.scores + r*KEYS;
-            if (is_one) {
-                const turbo_f32 bias = turbo_f32_set1(biases[tiles[0]]);
+            if (others == 0) {
+                const turbo_f32 bias = turbo_f32_set1(biases[tiles[seen.begin]]);
                 for (int key = 0; key < scored(seen.end); key += TURBO_F32_LANES) {
                     turbo_f32_store(scores + key, turbo_f32_add(turbo_f32_load(scores + key), bias));
                 }
             } else {
-                for (int key = 0; key < seen.end; ++key) {
+                for (int key = seen.begin; key < seen.end; ++key) {
                     scores[key] += biases[tiles[key]];
                 }
             }

@@ -188,31 +188,39 @@ static bool is_too_long(const llama_turbo_calibration & calibration) {
 llama_turbo_keys::llama_turbo_keys()  = default;
 llama_turbo_keys::~llama_turbo_keys() = default;
 
-// For each KV head, what makes a centre of a tile's basis, [basis, channels], and its transpose for each head.
-static void set_turned(const llama_turbo_calibration::layer & from, const llama_turbo_rope & rope, ggml_tensor * turned, ggml_tensor * q_turned) {
-    const size_t n_basis = turned->ne[0], n_embd = q_turned->ne[0];
-    std::vector<float> a(ggml_nelements(turned), 0.0f), b(a.size());
-    for (size_t first = 0; first < from.center.size(); first += n_embd) { // a head
-        const auto at = [&](size_t channel, size_t i) -> float & { return a[(first + channel)*n_basis + i]; };
+// What the centres of a layer's tiles are made of: of_cosines and of_sines of llama_turbo_keys::layer.
+static std::pair<std::vector<float>, std::vector<float>> turned(const llama_turbo_calibration::layer & from, const llama_turbo_rope & rope) {
+    std::vector<float> of_cosines = from.center, of_sines(from.center.size(), 0.0f);
+    for (size_t head = 0; head < from.center.size(); head += rope.n_embd) {
         for (size_t pair = 0; pair < rope.angles.size(); ++pair) {
             const llama_turbo_mean_turn mean(rope.angles[pair]);
             const auto [x, y] = rope.channels(pair);
-            const double mx = from.center[first + x], my = from.center[first + y];
-            const double cx = mean.real*mx - mean.imaginary*my, cy = mean.real*my + mean.imaginary*mx; // at the tile's first position
-            at(x, 2*pair) = cx, at(x, 2*pair + 1) = -cy; // of cosine, of sine
-            at(y, 2*pair) = cy, at(y, 2*pair + 1) =  cx;
+            const double mx = from.center[head + x], my = from.center[head + y];
+            of_cosines[head + x] = mean.real*mx - mean.imaginary*my; // at the tile's first position
+            of_cosines[head + y] = mean.real*my + mean.imaginary*mx;
+            of_sines[head + x]   = -of_cosines[head + y];
+            of_sines[head + y]   =  of_cosines[head + x];
         }
-        for (size_t channel = rope.n_rot(); channel < n_embd; ++channel) {
-            at(channel, n_basis - 1) = from.center[first + channel];
-        }
-        for (size_t channel = 0; channel < n_embd; ++channel) {
-            for (size_t i = 0; i < n_basis; ++i) {
-                b[first*n_basis + i*n_embd + channel] = at(channel, i);
+    }
+    return { of_cosines, of_sines };
+}
+
+// Rows of `size` values, one for each KV head, repeated for the query heads of its group; of several, they take turns.
+static std::vector<float> by_query_head(const std::vector<const std::vector<float> *> & parts, size_t size, size_t n_group) {
+    std::vector<float> result;
+    for (size_t row = 0; row < parts[0]->size(); row += size) {
+        for (size_t i = 0; i < n_group; ++i) {
+            for (const std::vector<float> * part : parts) {
+                result.insert(result.end(), part->begin() + row, part->begin() + row + size);
             }
         }
     }
-    ggml_backend_tensor_set(turned,   a.data(), 0, ggml_nbytes(turned));
-    ggml_backend_tensor_set(q_turned, b.data(), 0, ggml_nbytes(q_turned));
+    return result;
+}
+
+static void set(ggml_tensor * tensor, const std::vector<float> & values) {
+    GGML_ASSERT(ggml_nbytes(tensor) == values.size()*sizeof(float));
+    ggml_backend_tensor_set(tensor, values.data(), 0, ggml_nbytes(tensor));
 }
 
 std::shared_ptr<llama_turbo_keys> llama_turbo_keys::make(
@@ -237,14 +245,14 @@ std::shared_ptr<llama_turbo_keys> llama_turbo_keys::make(
         }
         auto & ctx = result->bufs[place.buft].first;
         if (!ctx) {
-            ctx.reset(ggml_init({ /*.mem_size =*/ 5*places.size()*ggml_tensor_overhead(), /*.mem_buffer =*/ nullptr, /*.no_alloc =*/ true }));
+            ctx.reset(ggml_init({ /*.mem_size =*/ 6*places.size()*ggml_tensor_overhead(), /*.mem_buffer =*/ nullptr, /*.no_alloc =*/ true }));
         }
         const auto matrix = [&ctx](int64_t n0, int64_t n1, int64_t n2 = 1) {
             return ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, n0, n1, n2);
         };
         const int64_t n_embd = model.hparams.n_embd_head_k(place.owner);
         const int64_t n_kv   = model.hparams.n_head_kv(place.owner);
-        layer made = { nullptr, matrix(n_embd, n_kv), matrix(n_embd, model.hparams.n_head(il)), nullptr, nullptr, 0 };
+        layer made = { nullptr, matrix(n_embd, n_kv), matrix(n_embd, model.hparams.n_head(il)), nullptr, nullptr, nullptr, 0 };
         if (from.n_turned == 0 && !from.center.empty()) {
             made.center = matrix(n_embd, n_kv);
         } else if (from.n_turned != 0 && no_turning) {
@@ -259,10 +267,11 @@ std::shared_ptr<llama_turbo_keys> llama_turbo_keys::make(
             if (made.rope == ropes.size()) {
                 ropes.push_back(rope);
             }
-            made.turned   = matrix(rope.n_basis(), n_embd*n_kv);
-            made.q_turned = matrix(n_embd, rope.n_basis(), n_kv);
+            made.of_cosines = matrix(n_embd, n_kv);
+            made.of_sines   = matrix(n_embd, n_kv);
+            made.q_turned   = matrix(n_embd, 2, model.hparams.n_head(il));
         }
-        n_centered += made.center || made.turned;
+        n_centered += made.center || made.of_cosines;
         result->layers[il] = made;
     }
     for (auto & [buft, buf] : result->bufs) {
@@ -273,20 +282,23 @@ std::shared_ptr<llama_turbo_keys> llama_turbo_keys::make(
     }
     for (const auto & [il, to] : result->layers) {
         const auto & from = calibration->layers[places.at(il).owner];
-        if (to.center) {
-            ggml_backend_tensor_set(to.center, from.center.data(), 0, ggml_nbytes(to.center));
-        }
-        if (to.turned) {
-            set_turned(from, result->ropes[to.rope], to.turned, to.q_turned);
-        }
-        ggml_backend_tensor_set(to.scale, from.scale.data(), 0, ggml_nbytes(to.scale));
         const size_t n_embd  = to.scale->ne[0];
         const size_t n_group = to.q_scale->ne[1]/to.scale->ne[1];
-        std::vector<float> q_scale(ggml_nelements(to.q_scale));
-        for (size_t i = 0; i < q_scale.size(); ++i) {
-            q_scale[i] = 1.0f/from.scale[i/(n_embd*n_group)*n_embd + i%n_embd];
+        if (to.center) {
+            set(to.center, from.center);
         }
-        ggml_backend_tensor_set(to.q_scale, q_scale.data(), 0, ggml_nbytes(to.q_scale));
+        if (to.of_cosines) {
+            const auto [of_cosines, of_sines] = turned(from, result->ropes[to.rope]);
+            set(to.of_cosines, of_cosines);
+            set(to.of_sines,   of_sines);
+            set(to.q_turned, by_query_head({ &of_cosines, &of_sines }, n_embd, n_group));
+        }
+        std::vector<float> inverse;
+        for (float scale : from.scale) {
+            inverse.push_back(1.0f/scale);
+        }
+        set(to.scale,   from.scale);
+        set(to.q_scale, by_query_head({ &inverse }, n_embd, n_group));
     }
     LLAMA_LOG_INFO("llama_kv_cache: keys are scaled by channel in %zu layers and centred in %zu of them%s (calibration %016llx)\n",
         result->layers.size(), n_centered, result->turns() ? ", by position" : "", (unsigned long long) calibration->hash);
@@ -308,16 +320,21 @@ const ggml_tensor * llama_turbo_keys::q_scale(int32_t il) const {
 
 bool llama_turbo_keys::turns(int32_t il) const {
     const auto it = layers.find(il);
-    return it != layers.end() && it->second.turned;
+    return it != layers.end() && it->second.of_cosines;
 }
 
-// What is taken from k; null: nothing.
-ggml_tensor * llama_turbo_keys::center(
-        ggml_context * ctx, const layer & l, const ggml_tensor * k, llm_graph_input_turbo_centers * centers, ggml_tensor * tiles) const {
-    if (!l.turned) {
-        return l.center;
+template <typename F>
+ggml_tensor * llama_turbo_keys::move(
+        ggml_context * ctx, const layer & l, ggml_tensor * k, llm_graph_input_turbo_centers * centers, ggml_tensor * tiles, F && add) const {
+    if (l.center) {
+        return add(ctx, k, l.center);
     }
-    return ggml_reshape_3d(ctx, ggml_mul_mat(ctx, l.turned, centers->rows(ctx, l.rope, tiles)), k->ne[0], k->ne[1], k->ne[2]);
+    if (!l.of_cosines) {
+        return k;
+    }
+    const auto & basis = centers->of(ctx, l.rope, tiles, k->ne[1]);
+    k = add(ctx, k, ggml_mul(ctx, basis.cosines, l.of_cosines));
+    return add(ctx, k, ggml_mul(ctx, basis.sines, l.of_sines));
 }
 
 ggml_tensor * llama_turbo_keys::apply_k(
@@ -326,15 +343,7 @@ ggml_tensor * llama_turbo_keys::apply_k(
     if (it == layers.end()) {
         return k;
     }
-    if (ggml_tensor * c = center(ctx, it->second, k, centers, tiles)) {
-        k = ggml_sub(ctx, k, c);
-    }
-    return ggml_mul(ctx, k, it->second.scale);
-}
-
-ggml_tensor * llama_turbo_keys::apply_q(ggml_context * ctx, ggml_tensor * q, int32_t il) const {
-    const auto it = layers.find(il);
-    return it == layers.end() ? q : ggml_mul(ctx, q, it->second.q_scale);
+    return ggml_mul(ctx, move(ctx, it->second, k, centers, tiles, ggml_sub), it->second.scale);
 }
 
 ggml_tensor * llama_turbo_keys::undo_k(
@@ -343,14 +352,21 @@ ggml_tensor * llama_turbo_keys::undo_k(
     if (it == layers.end()) {
         return k;
     }
-    k = ggml_div(ctx, k, it->second.scale);
-    ggml_tensor * c = center(ctx, it->second, k, centers, tiles);
-    return c ? ggml_add(ctx, k, c) : k;
+    return move(ctx, it->second, ggml_div(ctx, k, it->second.scale), centers, tiles, ggml_add);
+}
+
+ggml_tensor * llama_turbo_keys::apply_q(ggml_context * ctx, ggml_tensor * q, int32_t il) const {
+    const auto it = layers.find(il);
+    return it == layers.end() ? q : ggml_mul(ctx, q, it->second.q_scale);
 }
 
 ggml_tensor * llama_turbo_keys::q_centers(
         ggml_context * ctx, ggml_tensor * q, int32_t il, const llm_graph_input_turbo_centers & centers) const {
     const layer & l = layers.at(il);
-    ggml_tensor * by_basis = ggml_mul_mat(ctx, l.q_turned, ggml_permute(ctx, q, 0, 2, 1, 3)); // [basis, tokens, heads]
+    const int64_t n_embd = q->ne[0], n_head = q->ne[1], n_tokens = q->ne[2];
+    ggml_tensor * by_head = ggml_view_4d(ctx, q, n_embd, 1, n_head, n_tokens, q->nb[1], q->nb[1], q->nb[2], 0);
+    // ggml repeats the second factor of a product, not the first
+    ggml_tensor * turned = n_tokens == 1 ? l.q_turned : ggml_repeat_4d(ctx, l.q_turned, n_embd, 2, n_head, n_tokens);
+    ggml_tensor * by_basis = ggml_reshape_3d(ctx, ggml_mul(ctx, turned, by_head), 2*n_embd, n_head, n_tokens);
     return ggml_mul_mat(ctx, centers.all(l.rope), by_basis);
 }

@@ -89,7 +89,7 @@ public:
     ggml_tensor * undo_k (ggml_context * ctx, ggml_tensor * k, int32_t il, llm_graph_input_turbo_centers * centers, ggml_tensor * tiles) const;
     ggml_tensor * apply_q(ggml_context * ctx, ggml_tensor * q, int32_t il) const;
 
-    // The dot products of queries, as they are before apply_q, with the centres of all tiles: [tiles, tokens, heads].
+    // The dot products of queries, as they are before apply_q, with the centres of all tiles: [tiles, heads, tokens].
     ggml_tensor * q_centers(ggml_context * ctx, ggml_tensor * q, int32_t il, const llm_graph_input_turbo_centers & centers) const;
 
 private:
@@ -97,12 +97,16 @@ private:
         ggml_tensor * center;  // that is the same for all keys; null: there is none
         ggml_tensor * scale;
         ggml_tensor * q_scale; // 1/s, repeated for the query heads of each group
-        ggml_tensor * turned;  // [basis, channels]: what makes a centre of a tile's basis; null: the centre does not turn
-        ggml_tensor * q_turned; // [head size, basis, KV heads]: the same for queries
+        ggml_tensor * of_cosines, * of_sines; // what those of a tile's angles are multiplied by, channel by channel: the sum of
+                                              // both is the centre. Null: it does not turn
+        ggml_tensor * q_turned; // [head size, 2, heads]: both, repeated for the query heads of each group
         size_t        rope;    // of all_ropes
     };
 
-    ggml_tensor * center(ggml_context * ctx, const layer & l, const ggml_tensor * k, llm_graph_input_turbo_centers * centers, ggml_tensor * tiles) const;
+    // k plus or less the centre.
+    template <typename F>
+    ggml_tensor * move(
+        ggml_context * ctx, const layer & l, ggml_tensor * k, llm_graph_input_turbo_centers * centers, ggml_tensor * tiles, F && add) const;
 
     std::shared_ptr<const llama_turbo_calibration> calibration;
     std::vector<llama_turbo_rope>                  ropes;

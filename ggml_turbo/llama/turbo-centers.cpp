@@ -45,7 +45,7 @@ llm_graph_input_turbo_centers::llm_graph_input_turbo_centers(
         ggml_context * ctx, std::shared_ptr<const llama_turbo_keys> keys, size_t n_tiles)
     : keys(std::move(keys)), known(this->keys->all_ropes().size()) {
     for (const llama_turbo_rope & rope : this->keys->all_ropes()) {
-        bases.push_back(ggml_new_tensor_2d(ctx, GGML_TYPE_F32, rope.n_basis(), n_tiles));
+        bases.push_back(ggml_new_tensor_2d(ctx, GGML_TYPE_F32, 2*rope.n_embd, n_tiles));
         ggml_set_input(bases.back());
     }
 }
@@ -54,10 +54,17 @@ size_t llm_graph_input_turbo_centers::n_tiles() const {
     return bases[0]->ne[1];
 }
 
-ggml_tensor * llm_graph_input_turbo_centers::rows(ggml_context * ctx, size_t rope, ggml_tensor * tiles) {
-    ggml_tensor *& result = taken[{ rope, tiles }];
-    if (!result) {
-        result = ggml_get_rows(ctx, bases[rope], tiles);
+const llm_graph_input_turbo_centers::basis & llm_graph_input_turbo_centers::of(
+        ggml_context * ctx, size_t rope, ggml_tensor * tiles, int64_t n_head) {
+    basis & result = made[{ rope, tiles, n_head }];
+    if (!result.cosines) {
+        ggml_tensor * rows = ggml_get_rows(ctx, bases[rope], tiles);
+        const int64_t n_embd = rows->ne[0]/2, n_keys = rows->ne[1];
+        const auto for_heads = [&](size_t offset) {
+            ggml_tensor * part = ggml_view_3d(ctx, rows, n_embd, 1, n_keys, rows->nb[1], rows->nb[1], offset);
+            return ggml_repeat_4d(ctx, part, n_embd, n_head, n_keys, 1);
+        };
+        result = { for_heads(0), for_heads(n_embd*rows->nb[0]) };
     }
     return result;
 }
@@ -73,14 +80,7 @@ void llm_graph_input_turbo_centers::set(const llama_turbo_tiles & in_use) {
         for (size_t tile = 0; tile < in_use.size(); ++tile) {
             std::vector<float> & turned = known[i][in_use[tile]];
             if (turned.empty()) {
-                const double first = (double) in_use[tile]*llama_turbo_tiles::SIZE;
-                for (double angle : rope.angles) {
-                    turned.push_back(std::cos(angle*first));
-                    turned.push_back(std::sin(angle*first));
-                }
-                if (rope.is_partial) {
-                    turned.push_back(1.0f);
-                }
+                turned = rope.basis((double) in_use[tile]*llama_turbo_tiles::SIZE);
             }
             std::copy(turned.begin(), turned.end(), basis.begin() + tile*turned.size());
         }

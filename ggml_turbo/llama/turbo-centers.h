@@ -8,6 +8,7 @@
 
 #include <map>
 #include <memory>
+#include <tuple>
 #include <vector>
 
 class  llama_kv_cache;
@@ -41,15 +42,18 @@ struct llama_turbo_mean_turn {
     explicit llama_turbo_mean_turn(double angle);
 };
 
-// The inputs of all layers that have a cache in common: for each way in which centres turn, the basis of each tile in use,
-// [basis, tiles].
+// The inputs of all layers that have a cache in common: for each way in which centres turn, the basis of each tile in use
+// (llama_turbo_rope::basis), [2*head size, tiles].
 class llm_graph_input_turbo_centers : public llm_graph_input_i {
 public:
     // keys: of the cache.
     llm_graph_input_turbo_centers(ggml_context * ctx, std::shared_ptr<const llama_turbo_keys> keys, size_t n_tiles);
 
-    // The bases of some keys, [basis, keys]; tiles: I32 [keys].
-    ggml_tensor * rows(ggml_context * ctx, size_t rope, ggml_tensor * tiles);
+    // Those of keys with n_head heads, [head size, heads, keys] each; tiles: I32 [keys].
+    struct basis {
+        ggml_tensor * cosines, * sines;
+    };
+    const basis & of(ggml_context * ctx, size_t rope, ggml_tensor * tiles, int64_t n_head);
     ggml_tensor * all(size_t rope) const { return bases[rope]; }
 
 protected:
@@ -61,7 +65,7 @@ protected:
 private:
     std::shared_ptr<const llama_turbo_keys>             keys;
     std::vector<ggml_tensor *>                          bases; // by rope
-    std::map<std::pair<size_t, ggml_tensor *>, ggml_tensor *> taken; // by rope and tiles: the result of rows
+    std::map<std::tuple<size_t, ggml_tensor *, int64_t>, basis> made; // by rope, tiles and heads: the result of `of`
     std::vector<std::map<int32_t, std::vector<float>>> known; // by rope and number of a tile
 };
 

@@ -28,7 +28,7 @@ static std::vector<float> factors_of(const llama_model & model, const llama_cpar
 
 llama_turbo_rope llama_turbo_rope::of(const llama_model & model, const llama_cparams & cparams, uint32_t il) {
     const llama_hparams & hparams = model.hparams;
-    llama_turbo_rope rope = { {}, hparams.rope_type != LLAMA_ROPE_TYPE_NORM, hparams.n_rot(il) < hparams.n_embd_head_k(il) };
+    llama_turbo_rope rope = { {}, hparams.rope_type != LLAMA_ROPE_TYPE_NORM, hparams.n_embd_head_k(il) };
     if (hparams.rope_type == LLAMA_ROPE_TYPE_NONE || !hparams.has_rope(il)) {
         return rope;
     }
@@ -46,4 +46,15 @@ llama_turbo_rope llama_turbo_rope::of(const llama_model & model, const llama_cpa
         rope.angles.push_back(angle*(kept + (1.0 - kept)*scale));
     }
     return rope;
+}
+
+std::vector<float> llama_turbo_rope::basis(double pos) const {
+    std::vector<float> result(2*n_embd, 0.0f);
+    std::fill_n(result.begin(), n_embd, 1.0f);
+    for (uint32_t pair = 0; pair < angles.size(); ++pair) {
+        const auto [x, y] = channels(pair);
+        result[x]          = result[y]          = std::cos(angles[pair]*pos);
+        result[n_embd + x] = result[n_embd + y] = std::sin(angles[pair]*pos);
+    }
+    return result;
 }

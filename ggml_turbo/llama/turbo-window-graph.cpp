@@ -42,7 +42,7 @@ bool llm_graph_input_turbo_window::can_reuse(const llm_graph_params & params) {
 // Keys, values or queries of a batch [head size, heads, tokens] as attention takes them: [head size, tokens, heads, streams].
 static ggml_tensor * by_stream(ggml_context * ctx, ggml_tensor * x, int64_t n_streams) {
     const int64_t n = x->ne[2]/n_streams;
-    return ggml_permute(ctx, ggml_view_4d(ctx, x, x->ne[0], x->ne[1], n, n_streams, x->nb[1], x->nb[2], x->nb[2]*n, 0), 0, 2, 1, 3);
+    return ggml_view_4d(ctx, x, x->ne[0], n, x->ne[1], n_streams, x->nb[2], x->nb[1], x->nb[2]*n, 0);
 }
 
 // The inputs that the graph has for this cache; null if it has none yet.
@@ -87,7 +87,7 @@ ggml_tensor * llama_turbo_kv::attend(
     const uint32_t first     = llama_turbo_kv::first_stream(batch);
 
     if (centers && centers->biases.count(il)) { // queries bring along what they add to the scores of each tile's keys
-        q = ggml_concat(ctx, q, ggml_permute(ctx, centers->biases.at(il), 0, 2, 1, 3), 0);
+        q = ggml_concat(ctx, q, centers->biases.at(il), 0);
     }
     ggml_tensor * sources[TURBO_WINDOW_SOURCES];
     sources[TURBO_WINDOW_Q]       = by_stream(ctx, q, n_streams);
