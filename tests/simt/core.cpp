@@ -1,0 +1,416 @@
+#include "core.h"
+
+#include <algorithm>
+#include <csignal>
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+#include <map>
+#include <memory>
+#include <random>
+
+#include <link.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+namespace simt {
+
+// ---- fibers: another stack and the registers that a call keeps; no system call ----
+
+extern "C" void simt_switch(void ** from, void * to); // leaves its own stack pointer in *from
+#if defined(__x86_64__)
+asm(R"(
+    .text
+    .globl simt_switch
+    .type simt_switch, @function
+simt_switch:
+    pushq %rbp
+    pushq %rbx
+    pushq %r12
+    pushq %r13
+    pushq %r14
+    pushq %r15
+    movq %rsp, (%rdi)
+    movq %rsi, %rsp
+    popq %r15
+    popq %r14
+    popq %r13
+    popq %r12
+    popq %rbx
+    popq %rbp
+    retq
+    .size simt_switch, . - simt_switch
+)");
+static void * new_stack(uint8_t * top, void (*entry)()) {
+    void ** sp = (void **) top;
+    *--sp = nullptr; // the address that entry, which never does, would return to: its stack is aligned as after a call
+    *--sp = (void *) entry;
+    for (int i = 0; i < 6; ++i) {
+        *--sp = nullptr;
+    }
+    return sp;
+}
+#elif defined(__aarch64__)
+asm(R"(
+    .text
+    .globl simt_switch
+    .type simt_switch, %function
+simt_switch:
+    sub sp, sp, #160
+    stp x19, x20, [sp]
+    stp x21, x22, [sp, #16]
+    stp x23, x24, [sp, #32]
+    stp x25, x26, [sp, #48]
+    stp x27, x28, [sp, #64]
+    stp x29, x30, [sp, #80]
+    stp d8,  d9,  [sp, #96]
+    stp d10, d11, [sp, #112]
+    stp d12, d13, [sp, #128]
+    stp d14, d15, [sp, #144]
+    mov x9, sp
+    str x9, [x0]
+    mov sp, x1
+    ldp x19, x20, [sp]
+    ldp x21, x22, [sp, #16]
+    ldp x23, x24, [sp, #32]
+    ldp x25, x26, [sp, #48]
+    ldp x27, x28, [sp, #64]
+    ldp x29, x30, [sp, #80]
+    ldp d8,  d9,  [sp, #96]
+    ldp d10, d11, [sp, #112]
+    ldp d12, d13, [sp, #128]
+    ldp d14, d15, [sp, #144]
+    add sp, sp, #160
+    ret
+    .size simt_switch, . - simt_switch
+)");
+static void * new_stack(uint8_t * top, void (*entry)()) {
+    void ** sp = (void **) (top - 160);
+    memset(sp, 0, 160);
+    sp[11] = (void *) entry;
+    return sp;
+}
+#else
+#error "simt_switch is written for x86-64 and AArch64"
+#endif
+
+struct meeting {
+    unsigned expected = 0, arrived = 0, generation = 0;
+    place    where{};
+    uint8_t  board[2][64][most_given]; // of even and odd generations: the next one may begin before all have read this
+};
+
+struct fiber {
+    void *    stack_pointer;
+    dim3      index;
+    bool      done;
+    meeting * waits;
+    unsigned  generation; // that it waits for to end
+    place     where;
+};
+
+built_in current;
+
+namespace {
+
+constexpr size_t stack_bytes = 256*1024;
+size_t           page_bytes() { return (size_t) sysconf(_SC_PAGESIZE); }
+
+schedule     order = schedule::ascending;
+std::mt19937 random_numbers;
+
+std::vector<fiber>                           fibers;
+std::vector<std::map<uint64_t, meeting>>     groups;
+meeting                                      block_meeting;
+uint8_t *                                    stacks;
+size_t                                       n_stacks;
+unsigned                                     self, live;
+bool                                         running; // a fiber, not the scheduler
+void *                                       scheduler;
+const std::function<void()> *                kernel;
+
+struct region {
+    uint8_t * begin;
+    size_t    bytes;
+};
+std::vector<region> dynamic_regions;
+
+// Static shared variables are thread_local in the emulator: the program's own thread-local storage holds them and
+// nothing else.
+region static_region() {
+    region found{};
+    dl_iterate_phdr([](dl_phdr_info * info, size_t, void * data) {
+        for (int i = 0; i < info->dlpi_phnum; ++i) {
+            if (info->dlpi_phdr[i].p_type == PT_TLS && info->dlpi_tls_data) {
+                *(region *) data = { (uint8_t *) info->dlpi_tls_data, info->dlpi_phdr[i].p_memsz };
+            }
+        }
+        return 1; // the first is the program
+    }, &found);
+    return found;
+}
+
+void poison_shared(size_t dynamic_bytes) {
+    const region s = static_region();
+    memset(s.begin, poison, s.bytes);
+    for (const region & r : dynamic_regions) {
+        if (dynamic_bytes > r.bytes) {
+            fail("%zu bytes of dynamic shared memory, and the variable has %zu", dynamic_bytes, r.bytes);
+        }
+    }
+}
+
+void entry() {
+    (*kernel)();
+    fiber & me = fibers[self];
+    me.done = true;
+    --live;
+    meeting & m = block_meeting;
+    if (m.arrived && m.arrived == live) { // those that wait wait no longer for this one
+        m.arrived = 0;
+        ++m.generation;
+    }
+    void * unused;
+    simt_switch(&unused, scheduler);
+}
+
+void wait(meeting & m, unsigned expected, place where) {
+    fiber & me = fibers[self];
+    if (m.arrived == 0) {
+        m.where = where;
+    } else if (m.where.line != where.line || strcmp(m.where.file, where.file) != 0) {
+        me.where = where;
+        fail("meets at %s:%u threads that are at %s:%u", where.file, where.line, m.where.file, m.where.line);
+    }
+    const unsigned generation = m.generation;
+    if (++m.arrived == expected) {
+        m.arrived = 0;
+        ++m.generation;
+        return;
+    }
+    me.waits      = &m;
+    me.generation = generation;
+    me.where      = where;
+    const built_in mine = current;
+    running = false;
+    simt_switch(&me.stack_pointer, scheduler);
+    current  = mine;
+    me.waits = nullptr;
+}
+
+void run_block() {
+    const unsigned n = (unsigned) fibers.size();
+    std::vector<unsigned> queue(n);
+    for (unsigned i = 0; i < n; ++i) {
+        queue[i] = order == schedule::descending ? n - 1 - i : i;
+    }
+    while (live > 0) {
+        if (order == schedule::shuffled) {
+            std::shuffle(queue.begin(), queue.end(), random_numbers);
+        }
+        bool went_on = false;
+        for (unsigned i : queue) {
+            fiber & f = fibers[i];
+            if (f.done || (f.waits && f.waits->generation == f.generation)) {
+                continue;
+            }
+            went_on = true;
+            self = i;
+            current.thread_index = f.index;
+            running = true;
+            simt_switch(&scheduler, f.stack_pointer);
+            running = false;
+        }
+        if (!went_on) {
+            std::map<std::pair<std::string, unsigned>, unsigned> waiting;
+            for (const fiber & f : fibers) {
+                if (!f.done) {
+                    ++waiting[{ f.where.file, f.where.line }];
+                }
+            }
+            for (const auto & [where, threads] : waiting) {
+                fprintf(stderr, "simt: %u threads wait in vain at %s:%u\n", threads, where.first.c_str(), where.second);
+            }
+            fail("deadlock: %u of %u threads have not ended", live, n);
+        }
+    }
+}
+
+struct guard {
+    const uint8_t * begin, * end, * data;
+    size_t          bytes;
+    const char *    name;
+    bool            writable;
+};
+std::vector<guard> guards;
+
+void segmentation_fault(int, siginfo_t * info, void *) {
+    const uint8_t * at = (const uint8_t *) info->si_addr;
+    for (const guard & g : guards) {
+        if (at >= g.begin && at < g.end) {
+            if (at >= g.data && at < g.data + g.bytes) {
+                fail("writes byte %td of an %s of %zu bytes", at - g.data, g.name, g.bytes);
+            }
+            fail("accesses byte %td of an %s of %zu bytes", at - g.data, g.name, g.bytes);
+        }
+    }
+    if (at >= stacks && at < stacks + n_stacks*stack_bytes) {
+        fail("needs more than %zu bytes of stack", stack_bytes - page_bytes());
+    }
+    fail("accesses address %p, which no memory of the device has", (const void *) at);
+}
+
+void handle_faults() {
+    static bool done;
+    if (done) {
+        return;
+    }
+    done = true;
+    static uint8_t stack[64*1024];
+    stack_t        alternative{};
+    alternative.ss_sp   = stack;
+    alternative.ss_size = sizeof(stack);
+    sigaltstack(&alternative, nullptr);
+    struct sigaction action{};
+    action.sa_sigaction = segmentation_fault;
+    action.sa_flags     = SA_SIGINFO | SA_ONSTACK;
+    sigaction(SIGSEGV, &action, nullptr);
+    sigaction(SIGBUS, &action, nullptr);
+}
+
+} // namespace
+
+void fail(const char * format, ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    fprintf(stderr, "simt: ");
+    vfprintf(stderr, format, arguments);
+    va_end(arguments);
+    if (running) {
+        const built_in & c = current;
+        fprintf(stderr, " (thread %u,%u,%u of block %u,%u,%u)", c.thread_index.x, c.thread_index.y, c.thread_index.z,
+                c.block_index.x, c.block_index.y, c.block_index.z);
+    }
+    fprintf(stderr, "\n");
+    fflush(nullptr);
+    _Exit(70);
+}
+
+unsigned thread_number() {
+    return self;
+}
+
+void set_schedule(schedule how, unsigned seed) {
+    order = how;
+    random_numbers.seed(seed);
+}
+
+void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()> & f) {
+    handle_faults();
+    const unsigned n = block.x*block.y*block.z;
+    if (n == 0 || n > 1024 || grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535) {
+        fail("a grid of %u,%u,%u blocks of %u,%u,%u threads cannot be launched", grid.x, grid.y, grid.z, block.x, block.y, block.z);
+    }
+    if (n > n_stacks) {
+        if (stacks) {
+            munmap(stacks, n_stacks*stack_bytes);
+        }
+        n_stacks = n;
+        stacks = (uint8_t *) mmap(nullptr, n*stack_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        for (unsigned i = 0; i < n; ++i) {
+            mprotect(stacks + i*stack_bytes, page_bytes(), PROT_NONE);
+        }
+    }
+    kernel = &f;
+    fibers.resize(n);
+    current.block_dim = block;
+    current.grid_dim  = grid;
+    std::vector<uint64_t> blocks((uint64_t) grid.x*grid.y*grid.z);
+    for (size_t i = 0; i < blocks.size(); ++i) {
+        blocks[i] = order == schedule::descending ? blocks.size() - 1 - i : i;
+    }
+    if (order == schedule::shuffled) {
+        std::shuffle(blocks.begin(), blocks.end(), random_numbers);
+    }
+    for (uint64_t b : blocks) {
+        current.block_index = dim3((unsigned) (b % grid.x), (unsigned) (b/grid.x % grid.y), (unsigned) (b/grid.x/grid.y));
+        poison_shared(shared_bytes);
+        groups.assign((n + group_size - 1)/group_size, {});
+        block_meeting.arrived = 0;
+        live = n;
+        for (unsigned i = 0; i < n; ++i) {
+            fibers[i] = { new_stack(stacks + (i + 1)*stack_bytes, entry), dim3(i % block.x, i/block.x % block.y, i/block.x/block.y),
+                          false, nullptr, 0, {} };
+        }
+        run_block();
+    }
+}
+
+const uint8_t * meet(uint64_t mask, const void * given, size_t size, bool ordered, place where) {
+    (void) ordered;
+    const unsigned lane = self % group_size;
+    if (!(mask >> lane & 1)) {
+        fail("lane %u is not in its own mask %08llx at %s:%u", lane, (unsigned long long) mask, where.file, where.line);
+    }
+    meeting & m = groups[self/group_size][mask];
+    uint8_t (&board)[64][most_given] = m.board[m.generation & 1];
+    if (size) {
+        memcpy(board[lane], given, size);
+    }
+    wait(m, (unsigned) __builtin_popcountll(mask), where);
+    return board[0];
+}
+
+void meet_block(place where) {
+    wait(block_meeting, live, where);
+}
+
+// ---- memory ----
+
+dynamic_shared::dynamic_shared(void * data, size_t capacity) {
+    dynamic_regions.push_back({ (uint8_t *) data, capacity });
+}
+
+memory::memory(size_t bytes, size_t alignment, bool writable, const char * name) : bytes(bytes), writable(writable) {
+    handle_faults();
+    const size_t page = page_bytes(), inner = (bytes + alignment + page - 1)/page*page;
+    mapped = inner + 2*page;
+    pages  = (uint8_t *) mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    mprotect(pages, page, PROT_NONE);
+    mprotect(pages + page + inner, page, PROT_NONE);
+    // the last place with this alignment, and with no better one
+    uint8_t * end = pages + page + inner;
+    begin = (uint8_t *) ((uintptr_t) (end - bytes)/alignment*alignment);
+    if ((uintptr_t) begin % (2*alignment) == 0 && alignment < 16 && begin - alignment >= pages + page) {
+        begin -= alignment;
+    }
+    memset(pages + page, poison, inner);
+    guards.push_back({ pages, pages + mapped, begin, bytes, name, writable });
+    if (!writable) {
+        mprotect(pages + page, inner, PROT_READ);
+    }
+}
+
+void memory::fill(const void * from) {
+    const size_t page = page_bytes();
+    mprotect(pages + page, mapped - 2*page, PROT_READ | PROT_WRITE);
+    if (bytes) {
+        memcpy(begin, from, bytes);
+    }
+    if (!writable) {
+        mprotect(pages + page, mapped - 2*page, PROT_READ);
+    }
+}
+
+memory::~memory() {
+    const uint8_t * end = pages + mapped - page_bytes();
+    for (const uint8_t * p = pages + page_bytes(); p < end; ++p) {
+        if (*p != poison && (p < begin || p >= begin + bytes)) {
+            fail("byte %td of an array of %zu bytes was written", p - begin, bytes);
+        }
+    }
+    guards.erase(std::find_if(guards.begin(), guards.end(), [&](const guard & g) { return g.begin == pages; }));
+    munmap(pages, mapped);
+}
+
+} // namespace simt
