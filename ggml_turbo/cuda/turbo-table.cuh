@@ -1,0 +1,62 @@
+#pragma once
+
+// The codebook in shared memory, as a kernel reads it. Every function that fills a table is called by all threads of a
+// block; __syncthreads() before the first look-up.
+
+#include "turbo-blocks.cuh"
+
+#include "format/tables/turbo-tables.cuh"
+
+static __device__ __forceinline__ int turbo_thread() {
+    return (int) (threadIdx.x + blockDim.x*(threadIdx.y + blockDim.y*threadIdx.z));
+}
+
+static __device__ __forceinline__ int turbo_threads() {
+    return (int) (blockDim.x*blockDim.y*blockDim.z);
+}
+
+// ---- one entry a look-up, as int8 or float: for kernels that memory bounds ----
+
+template<int K, typename T> static __device__ __forceinline__ void turbo_fill_table(T (&table)[TURBO_STATES]) {
+    for (int s = turbo_thread(); s < TURBO_STATES; s += turbo_threads()) {
+        table[s] = (T) turbo_tables<K>::codebook()[s];
+    }
+}
+
+// ---- one entry a look-up without bank conflicts: 32 KB, a copy of the table for each lane's bank ----
+
+#define TURBO_BANKED_TABLE_WORDS (TURBO_STATES*32)
+
+// The entry of state s as half, in both halves of word 32*s + lane.
+template<int K> static __device__ __forceinline__ void turbo_fill_banked_table(uint32_t * table) {
+    for (int i = turbo_thread(); i < TURBO_BANKED_TABLE_WORDS; i += turbo_threads()) {
+        const uint32_t bits = __half_as_ushort(__float2half((float) turbo_tables<K>::codebook()[i/32]));
+        table[i] = bits | bits << 16;
+    }
+}
+
+// lane_table: word `lane` of the table. offset: a state as turbo_field<POS, 8, 7> gives it, state << 7.
+static __device__ __forceinline__ uint32_t turbo_banked_entry(const uint32_t * lane_table, uint32_t offset) {
+    return *(const uint32_t *) ((const uint8_t *) lane_table + offset);
+}
+
+// ---- two neighbours a look-up: 4, 8 or 16 KB, with bank conflicts ----
+
+template<int K> constexpr int turbo_pair_table_words() {
+    return TURBO_STATES << K;
+}
+
+// The entries of value i and i + 1 as half2, by the 8 + K bits that hold both states.
+template<int K> static __device__ __forceinline__ void turbo_fill_pair_table(uint32_t * table) {
+    const int8_t * codebook = turbo_tables<K>::codebook();
+    for (int i = turbo_thread(); i < turbo_pair_table_words<K>(); i += turbo_threads()) {
+        const uint32_t first  = __half_as_ushort(__float2half((float) codebook[i & (TURBO_STATES - 1)]));
+        const uint32_t second = __half_as_ushort(__float2half((float) codebook[i >> K]));
+        table[i] = first | second << 16;
+    }
+}
+
+// offset: both states as turbo_field<POS, 8 + K, 2> gives them.
+static __device__ __forceinline__ uint32_t turbo_pair(const uint32_t * table, uint32_t offset) {
+    return *(const uint32_t *) ((const uint8_t *) table + offset);
+}
