@@ -95,8 +95,9 @@ static void * new_stack(uint8_t * top, void (*entry)()) {
 #endif
 
 struct meeting {
-    unsigned expected = 0, arrived = 0, generation = 0;
+    unsigned arrived = 0, generation = 0;
     place    where{};
+    std::vector<unsigned> who; // has arrived, if accesses are checked
     uint8_t  board[2][64][most_given]; // of even and odd generations: the next one may begin before all have read this
 };
 
@@ -110,6 +111,7 @@ struct fiber {
 };
 
 built_in current;
+bool     checked;
 
 namespace {
 
@@ -134,6 +136,7 @@ struct region {
     size_t    bytes;
 };
 std::vector<region> dynamic_regions;
+size_t              dynamic_used;
 
 // Static shared variables are thread_local in the emulator: the program's own thread-local storage holds them and
 // nothing else.
@@ -150,6 +153,118 @@ region static_region() {
     return found;
 }
 
+// ---- who accessed a byte, and what is known to have happened before what ----
+
+// Every thread counts the meetings it was in. clocks[a*n + b] is the count of b up to which all that b did is known to be
+// before what a does next: so an access of b at a later count races with one of a.
+std::vector<uint32_t> clocks;
+
+struct accessor {
+    uint64_t block = 0; // which of all that were run, from 1 on
+    uint32_t thread = 0, clock = 0;
+};
+struct byte_state {
+    accessor writer, reader, other_reader;
+    bool     written = false;
+};
+std::vector<byte_state> shared_states; // of the static region
+uint64_t                first_block = 1, this_block = 0; // of this launch; running
+
+struct array {
+    uint8_t *   pages, * pages_end, * begin;
+    size_t      bytes;
+    const char * name;
+    bool        writable;
+    std::vector<byte_state> states;
+};
+std::vector<array> arrays;
+
+void start_clocks(size_t n) {
+    clocks.assign(n*n, 0);
+    for (size_t i = 0; i < n; ++i) {
+        clocks[i*n + i] = 1;
+    }
+}
+
+// What one of them did before is before what any of them does after.
+void order_accesses(const std::vector<unsigned> & who) {
+    const size_t n = fibers.size();
+    static std::vector<uint32_t> latest;
+    latest.assign(n, 0);
+    for (unsigned a : who) {
+        for (size_t b = 0; b < n; ++b) {
+            latest[b] = std::max(latest[b], clocks[a*n + b]);
+        }
+    }
+    for (unsigned a : who) {
+        std::copy(latest.begin(), latest.end(), clocks.begin() + (ptrdiff_t) (a*n));
+        ++clocks[a*n + a];
+    }
+}
+
+// "file:line" of an instruction, as binutils know it.
+std::string source_of(const void * code) {
+    uintptr_t base = 0;
+    dl_iterate_phdr([](dl_phdr_info * info, size_t, void * data) { *(uintptr_t *) data = info->dlpi_addr; return 1; }, &base);
+    char command[128], line[512] = "";
+    snprintf(command, sizeof(command), "addr2line -e /proc/%d/exe %#zx", (int) getpid(), (size_t) ((uintptr_t) code - 1 - base));
+    if (FILE * pipe = popen(command, "r")) {
+        if (fgets(line, sizeof(line), pipe)) {
+            line[strcspn(line, "\n")] = 0;
+        }
+        pclose(pipe);
+    }
+    return line;
+}
+
+bool is_before(const accessor & other) {
+    return other.block != this_block ? other.block < first_block : clocks[self*fibers.size() + other.thread] >= other.clock;
+}
+
+[[noreturn]] void report_race(const char * what, const accessor & other, const char * before, const std::string & where, const void * code) {
+    if (other.block != this_block) {
+        fail("race: %s %s, which another block %s, at %s", what, where.c_str(), before, source_of(code).c_str());
+    }
+    fail("race: %s %s, which thread %u %s without a barrier between, at %s", what, where.c_str(), other.thread, before,
+         source_of(code).c_str());
+}
+
+void access_bytes(byte_state * states, size_t n, bool write, const std::function<std::string(size_t)> & where, const void * code, bool forget) {
+    const accessor me = { this_block, self, clocks[self*fibers.size() + self] };
+    for (size_t i = 0; i < n; ++i) {
+        byte_state & s = states[i];
+        if (forget && s.writer.block != this_block) { // shared memory is a block's own
+            s.writer  = {};
+            s.written = false;
+            if (s.reader.block != this_block) {
+                s.reader = s.other_reader = {};
+            }
+        }
+        if (!write && !s.written) {
+            fail("reads %s, which nothing has written, at %s", where(i).c_str(), source_of(code).c_str());
+        }
+        if (!is_before(s.writer)) {
+            report_race(write ? "writes" : "reads", s.writer, "wrote", where(i), code);
+        }
+        if (!write) {
+            if (s.reader.thread != self || s.reader.block != this_block) {
+                s.other_reader = s.reader;
+            }
+            s.reader = me;
+            continue;
+        }
+        for (const accessor & r : { s.reader, s.other_reader }) {
+            if (!is_before(r)) {
+                report_race("writes", r, "read", where(i), code);
+            }
+        }
+        s.writer  = me;
+        s.written = true;
+    }
+}
+
+// ---- shared memory ----
+
 void poison_shared(size_t dynamic_bytes) {
     const region s = static_region();
     memset(s.begin, poison, s.bytes);
@@ -158,6 +273,19 @@ void poison_shared(size_t dynamic_bytes) {
             fail("%zu bytes of dynamic shared memory, and the variable has %zu", dynamic_bytes, r.bytes);
         }
     }
+    dynamic_used = dynamic_bytes;
+    if (checked) {
+        shared_states.resize(s.bytes);
+    }
+}
+
+void end(meeting & m, bool ordered) {
+    if (checked && ordered) {
+        order_accesses(m.who);
+    }
+    m.who.clear();
+    m.arrived = 0;
+    ++m.generation;
 }
 
 void entry() {
@@ -165,16 +293,14 @@ void entry() {
     fiber & me = fibers[self];
     me.done = true;
     --live;
-    meeting & m = block_meeting;
-    if (m.arrived && m.arrived == live) { // those that wait wait no longer for this one
-        m.arrived = 0;
-        ++m.generation;
+    if (block_meeting.arrived && block_meeting.arrived == live) { // those that wait wait no longer for this one
+        end(block_meeting, true);
     }
     void * unused;
     simt_switch(&unused, scheduler);
 }
 
-void wait(meeting & m, unsigned expected, place where) {
+void wait(meeting & m, unsigned expected, bool ordered, place where) {
     fiber & me = fibers[self];
     if (m.arrived == 0) {
         m.where = where;
@@ -183,9 +309,11 @@ void wait(meeting & m, unsigned expected, place where) {
         fail("meets at %s:%u threads that are at %s:%u", where.file, where.line, m.where.file, m.where.line);
     }
     const unsigned generation = m.generation;
+    if (checked) {
+        m.who.push_back(self);
+    }
     if (++m.arrived == expected) {
-        m.arrived = 0;
-        ++m.generation;
+        end(m, ordered);
         return;
     }
     me.waits      = &m;
@@ -236,22 +364,15 @@ void run_block() {
     }
 }
 
-struct guard {
-    const uint8_t * begin, * end, * data;
-    size_t          bytes;
-    const char *    name;
-    bool            writable;
-};
-std::vector<guard> guards;
-
-void segmentation_fault(int, siginfo_t * info, void *) {
+void fault(int signal, siginfo_t * info, void *) {
+    if (signal == SIGILL) { // of -fsanitize-trap=alignment
+        fail("accesses memory that is not aligned as its type wants, at %s", source_of((const uint8_t *) info->si_addr + 1).c_str());
+    }
     const uint8_t * at = (const uint8_t *) info->si_addr;
-    for (const guard & g : guards) {
-        if (at >= g.begin && at < g.end) {
-            if (at >= g.data && at < g.data + g.bytes) {
-                fail("writes byte %td of an %s of %zu bytes", at - g.data, g.name, g.bytes);
-            }
-            fail("accesses byte %td of an %s of %zu bytes", at - g.data, g.name, g.bytes);
+    for (const array & a : arrays) {
+        if (at >= a.pages && at < a.pages_end) {
+            const bool inside = at >= a.begin && at < a.begin + a.bytes;
+            fail("%s byte %td of an %s of %zu bytes", inside ? "writes" : "accesses", at - a.begin, a.name, a.bytes);
         }
     }
     if (at >= stacks && at < stacks + n_stacks*stack_bytes) {
@@ -272,10 +393,11 @@ void handle_faults() {
     alternative.ss_size = sizeof(stack);
     sigaltstack(&alternative, nullptr);
     struct sigaction action{};
-    action.sa_sigaction = segmentation_fault;
+    action.sa_sigaction = fault;
     action.sa_flags     = SA_SIGINFO | SA_ONSTACK;
-    sigaction(SIGSEGV, &action, nullptr);
-    sigaction(SIGBUS, &action, nullptr);
+    for (int signal : { SIGSEGV, SIGBUS, SIGILL }) {
+        sigaction(signal, &action, nullptr);
+    }
 }
 
 } // namespace
@@ -322,6 +444,7 @@ void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void
         }
     }
     kernel = &f;
+    first_block = this_block + 1;
     fibers.resize(n);
     current.block_dim = block;
     current.grid_dim  = grid;
@@ -336,8 +459,12 @@ void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void
         current.block_index = dim3((unsigned) (b % grid.x), (unsigned) (b/grid.x % grid.y), (unsigned) (b/grid.x/grid.y));
         poison_shared(shared_bytes);
         groups.assign((n + group_size - 1)/group_size, {});
-        block_meeting.arrived = 0;
+        block_meeting = {};
         live = n;
+        ++this_block;
+        if (checked) {
+            start_clocks(n);
+        }
         for (unsigned i = 0; i < n; ++i) {
             fibers[i] = { new_stack(stacks + (i + 1)*stack_bytes, entry), dim3(i % block.x, i/block.x % block.y, i/block.x/block.y),
                           false, nullptr, 0, {} };
@@ -347,7 +474,6 @@ void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void
 }
 
 const uint8_t * meet(uint64_t mask, const void * given, size_t size, bool ordered, place where) {
-    (void) ordered;
     const unsigned lane = self % group_size;
     if (!(mask >> lane & 1)) {
         fail("lane %u is not in its own mask %08llx at %s:%u", lane, (unsigned long long) mask, where.file, where.line);
@@ -357,12 +483,60 @@ const uint8_t * meet(uint64_t mask, const void * given, size_t size, bool ordere
     if (size) {
         memcpy(board[lane], given, size);
     }
-    wait(m, (unsigned) __builtin_popcountll(mask), where);
+    wait(m, (unsigned) __builtin_popcountll(mask), ordered, where);
     return board[0];
 }
 
 void meet_block(place where) {
-    wait(block_meeting, live, where);
+    wait(block_meeting, live, true, where);
+}
+
+// ---- checked accesses ----
+
+void access(const void * address, size_t size, bool write, const void * code) {
+    if (!running) {
+        return; // the test itself
+    }
+    const uint8_t * at = (const uint8_t *) address;
+    static const region shared = static_region();
+    if (at >= shared.begin && at < shared.begin + shared.bytes) {
+        for (const region & r : dynamic_regions) {
+            if (at >= r.begin && at < r.begin + r.bytes && at + size > r.begin + dynamic_used) {
+                fail("accesses byte %td of %zu bytes of dynamic shared memory, at %s", at - r.begin, dynamic_used, source_of(code).c_str());
+            }
+        }
+        access_bytes(&shared_states[(size_t) (at - shared.begin)], size, write, [](size_t) { return std::string("shared memory"); }, code, true);
+        return;
+    }
+    for (array & a : arrays) {
+        if (at < a.pages || at >= a.pages_end) {
+            continue;
+        }
+        const uint8_t * end = a.begin + a.bytes;
+        // Words that hold bytes of the array may be read as a whole: no allocation of a device ends within one.
+        const bool touches = (uintptr_t) at % size == 0 && size <= 4 && at < end && at + size > a.begin;
+        if (!(at >= a.begin && at + size <= end) && (write || !touches)) {
+            fail("%s bytes %td to %td of an %s of %zu bytes, at %s", write ? "writes" : "reads", at - a.begin, at - a.begin + (ptrdiff_t) size - 1,
+                 a.name, a.bytes, source_of(code).c_str());
+        }
+        if (a.writable) {
+            const uint8_t * from = std::max<const uint8_t *>(at, a.begin), * to = std::min(at + size, end);
+            access_bytes(&a.states[(size_t) (from - a.begin)], (size_t) (to - from), write, [&](size_t i) {
+                return "byte " + std::to_string((from - a.begin) + (ptrdiff_t) i) + " of an " + a.name;
+            }, code, false);
+        }
+        return;
+    }
+}
+
+void access_atomic(const void * address, size_t size) {
+    for (array & a : arrays) {
+        if (checked && running && (const uint8_t *) address >= a.begin && (const uint8_t *) address + size <= a.begin + a.bytes) {
+            for (size_t i = 0; i < size; ++i) {
+                a.states[(size_t) ((const uint8_t *) address - a.begin) + i].written = true;
+            }
+        }
+    }
 }
 
 // ---- memory ----
@@ -385,7 +559,7 @@ memory::memory(size_t bytes, size_t alignment, bool writable, const char * name)
         begin -= alignment;
     }
     memset(pages + page, poison, inner);
-    guards.push_back({ pages, pages + mapped, begin, bytes, name, writable });
+    arrays.push_back({ pages, pages + mapped, begin, bytes, name, writable, std::vector<byte_state>(checked && writable ? bytes : 0) });
     if (!writable) {
         mprotect(pages + page, inner, PROT_READ);
     }
@@ -396,6 +570,13 @@ void memory::fill(const void * from) {
     mprotect(pages + page, mapped - 2*page, PROT_READ | PROT_WRITE);
     if (bytes) {
         memcpy(begin, from, bytes);
+    }
+    for (array & a : arrays) {
+        if (a.pages == pages) {
+            for (byte_state & s : a.states) {
+                s.written = true;
+            }
+        }
     }
     if (!writable) {
         mprotect(pages + page, mapped - 2*page, PROT_READ);
@@ -409,7 +590,7 @@ memory::~memory() {
             fail("byte %td of an array of %zu bytes was written", p - begin, bytes);
         }
     }
-    guards.erase(std::find_if(guards.begin(), guards.end(), [&](const guard & g) { return g.begin == pages; }));
+    arrays.erase(std::find_if(arrays.begin(), arrays.end(), [&](const array & a) { return a.pages == pages; }));
     munmap(pages, mapped);
 }
 

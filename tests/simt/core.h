@@ -134,4 +134,15 @@ template<typename T> class output {
 // What shared memory holds before a kernel writes it, and outputs: NaN in every float format, unlikely as an integer.
 inline constexpr uint8_t poison = 0xfb;
 
+// ---- checked accesses: accesses.cpp calls these where kernels are compiled with -fsanitize=thread ----
+
+// The running thread reads or writes memory in the instruction before `code`. Reports accesses outside of arrays, reads
+// of what nothing wrote, and races: two accesses of different threads, one of them a write, without a barrier between.
+void access(const void * address, size_t size, bool write, const void * code);
+
+// An atomic operation, which races with no other.
+void access_atomic(const void * address, size_t size);
+
+extern bool checked; // whether this program's accesses are
+
 } // namespace simt

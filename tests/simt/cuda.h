@@ -99,11 +99,24 @@ template<typename T> T __reduce_add_sync(unsigned mask, T v, SIMT_WHERE) {
 }
 inline void __threadfence() {}
 inline void __threadfence_block() {}
-template<typename T> T atomicAdd(T * p, T v) { const T old = *p; *p = old + v; return old; }
-template<typename T> T atomicMax(T * p, T v) { const T old = *p; *p = old < v ? v : old; return old; }
-template<typename T> T atomicMin(T * p, T v) { const T old = *p; *p = v < old ? v : old; return old; }
-template<typename T> T atomicExch(T * p, T v) { const T old = *p; *p = v; return old; }
-template<typename T> T atomicCAS(T * p, T compare, T v) { const T old = *p; *p = old == compare ? v : old; return old; }
+#define SIMT_ATOMIC(name, result)                                                       \
+    template<typename T> __attribute__((no_sanitize("thread"))) T name(T * p, T v) {               \
+        simt::access_atomic(p, sizeof(T));                                                         \
+        const T old = *p;                                                                          \
+        *p = result;                                                                               \
+        return old;                                                                                \
+    }
+SIMT_ATOMIC(atomicAdd, old + v)
+SIMT_ATOMIC(atomicMax, old < v ? v : old)
+SIMT_ATOMIC(atomicMin, v < old ? v : old)
+SIMT_ATOMIC(atomicExch, v)
+#undef SIMT_ATOMIC
+template<typename T> __attribute__((no_sanitize("thread"))) T atomicCAS(T * p, T compare, T v) {
+    simt::access_atomic(p, sizeof(T));
+    const T old = *p;
+    *p = old == compare ? v : old;
+    return old;
+}
 
 // ---- vectors ----
 
