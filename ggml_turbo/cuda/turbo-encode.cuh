@@ -37,6 +37,15 @@ static __device__ __forceinline__ int turbo_warp_sum(int value) {
     return turbo_warp_reduce(value, [](int a, int b) { return a + b; });
 }
 
+// Rounded to nearest. HIP's __fsqrt_rn is not, its sqrtf is.
+static __device__ __forceinline__ float turbo_sqrt(float x) {
+#if defined(GGML_USE_HIP)
+    return sqrtf(x);
+#else
+    return __fsqrt_rn(x);
+#endif
+}
+
 static constexpr float turbo_cost_unit = 64.0f;
 static constexpr float turbo_cost_base = 536870912.0f; // 2^29: the floats from here on are 64 apart
 
@@ -178,7 +187,7 @@ template<int K> static __device__ __forceinline__ int turbo_fit_scale(float ener
         const float end = __uint_as_float(turbo_scale_end(K, below));
         return energy >= __fmul_rn(__fmul_rn(end, end), (float) cc);
     };
-    const int fitted = turbo_scale_from_float(K, __float_as_uint(__fsqrt_rn(__fdiv_rn(energy, (float) cc))));
+    const int fitted = turbo_scale_from_float(K, __float_as_uint(turbo_sqrt(__fdiv_rn(energy, (float) cc))));
     if (fitted > 0 && !is_above(fitted - 1)) {
         return fitted - 1;
     }
@@ -216,7 +225,7 @@ static __global__ void __launch_bounds__(64) turbo_encode(turbo_tensor values, t
         energy = __fadd_rn(energy, __shfl_xor_sync(TURBO_FULL_WARP, energy, half, 32));
     }
 
-    const float by_rms = __fmul_rn(__fsqrt_rn(__fmul_rn(energy, 1.0f/QK_TURBO)), turbo_tables<K>::rms_to_scale);
+    const float by_rms = __fmul_rn(turbo_sqrt(__fmul_rn(energy, 1.0f/QK_TURBO)), turbo_tables<K>::rms_to_scale);
     const float by_max = __fmul_rn(__uint_as_float((uint32_t) largest), turbo_tables<K>::max_to_scale);
     const float guess  = by_rms > by_max ? by_rms : by_max;
     const int   low    = turbo_scale_from_float(K, __float_as_uint(__fmul_rn(guess, 0.94f)));

@@ -86,6 +86,10 @@ void turbo_copy_blocks(ggml_backend_cuda_context & context, ggml_tensor * op) {
 
 // ---- functions for convert.cu ----
 
+static char * turbo_blocks_at(const void * x) {
+    return (char *) const_cast<void *>(x); // kernels that decode only read it
+}
+
 // Values side by side.
 template<typename T> static turbo_tensor turbo_contiguous(T * y, int64_t ne0, int64_t ne1, int64_t ne2, int64_t ne3) {
     const int64_t row = ne0*(int64_t) sizeof(T);
@@ -94,7 +98,7 @@ template<typename T> static turbo_tensor turbo_contiguous(T * y, int64_t ne0, in
 
 template<int K, ggml_type type, typename T> static void turbo_convert(const void * x, T * y, int64_t n, cudaStream_t stream) {
     const int64_t units = n/QK_TURBO;
-    const turbo_tensor blocks = { (char *) x, { units, 1, 1, 1 }, { TURBO_BLOCK_BYTES(K), 0, 0, 0 } };
+    const turbo_tensor blocks = { turbo_blocks_at(x), { units, 1, 1, 1 }, { TURBO_BLOCK_BYTES(K), 0, 0, 0 } };
     turbo_decode_blocks<T>(type, blocks, turbo_contiguous(y, n, 1, 1, 1), {}, units, stream);
 }
 
@@ -103,7 +107,7 @@ template<int K, ggml_type type, typename T>
 static void turbo_convert(const void * x, T * y, int64_t ne0, int64_t ne1, int64_t ne2, int64_t ne3, int64_t s1, int64_t s2, int64_t s3,
                           cudaStream_t stream) {
     constexpr int64_t bytes = TURBO_BLOCK_BYTES(K);
-    const turbo_tensor blocks = { (char *) x, { ne0/QK_TURBO, ne1, ne2, ne3 }, { bytes, bytes*s1, bytes*s2, bytes*s3 } };
+    const turbo_tensor blocks = { turbo_blocks_at(x), { ne0/QK_TURBO, ne1, ne2, ne3 }, { bytes, bytes*s1, bytes*s2, bytes*s3 } };
     turbo_decode_blocks<T>(type, blocks, turbo_contiguous(y, ne0, ne1, ne2, ne3), {}, ne0*ne1*ne2*ne3/QK_TURBO, stream);
 }
 
