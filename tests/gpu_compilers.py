@@ -101,13 +101,16 @@ def _headers(grafted: Path) -> list[str]:
     return [f"-I{path}" for path in (inside / "src", inside / "include", SOURCE, SOURCE / "format", STAND_INS)]
 
 
+# What llama.cpp gives to nvcc.
+FAST = ["-std=c++17", "-O3", "-use_fast_math", "-extended-lambda"]
+
+
 def compile_nvidia(grafted: Path, source: Path, output: Path, architectures: tuple = NVIDIA, *flags: str) -> list[Resources]:
     """Compile as llama.cpp does, with our flags at the end; returns what each kernel takes."""
     wanted = [f"-gencode=arch=compute_{sm[3:]},code={sm}" for sm in architectures]
-    llama_cpp = ["-std=c++17", "-O3", "-use_fast_math", "-extended-lambda", "-Xcompiler", "-Wall", "-Xcompiler", "-Wextra",
-                 "-Xcompiler", "-Wno-unused-function"]  # fmt: skip
-    text = _run([nvcc(), *llama_cpp, "--threads", os.cpu_count(), *wanted, "-Xptxas", "-v", *_headers(grafted),
-                 *flags, "-c", source, "-o", output])  # fmt: skip
+    warn = [word for flag in ("-Wall", "-Wextra", "-Wno-unused-function") for word in ("-Xcompiler", flag)]
+    text = _run([nvcc(), *FAST, *warn, "--threads", os.cpu_count(), *wanted, "-Xptxas", "-v", *_headers(grafted), *flags,
+                 "-c", source, "-o", output])  # fmt: skip
     assert not (warnings := re.findall(rf"^{SOURCE}.*warning.*$", text, re.MULTILINE)), warnings
     kernels = re.findall(
         r"Compiling entry function '(\w+)' for '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads"
@@ -121,9 +124,13 @@ def compile_nvidia(grafted: Path, source: Path, output: Path, architectures: tup
 
 def ptx(grafted: Path, source: Path, output: Path, *flags: str) -> str:
     """NVIDIA's intermediate code, in which every operation has its rounding in its name."""
-    fast = ["-std=c++17", "-O3", "-use_fast_math", "-extended-lambda", "-arch=sm_75"]
-    _run([nvcc(), *fast, *_headers(grafted), *flags, "-ptx", source, "-o", output])
+    _run([nvcc(), *FAST, "-arch=sm_75", *_headers(grafted), *flags, "-ptx", source, "-o", output])
     return output.read_text()
+
+
+def cubin(grafted: Path, source: Path, output: Path, architecture: str, *flags: str) -> None:
+    """Compile for one architecture, to what nvdisasm reads."""
+    _run([nvcc(), *FAST, f"-arch={architecture}", *_headers(grafted), *flags, "-cubin", source, "-o", output])
 
 
 def compile_amd(grafted: Path, source: Path, output: Path, architecture: str, *flags: str) -> list[Resources]:

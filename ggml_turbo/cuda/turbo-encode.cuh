@@ -194,13 +194,15 @@ template<int K> static __device__ __forceinline__ int turbo_fit_scale(float ener
     return fitted + (fitted < TURBO_SCALE_CODES(K) - 1 && is_above(fitted));
 }
 
-// A block of threads is 32 x 2; blocks x of the grid are blocks of the tensor.
-template<int K>
-static __global__ void __launch_bounds__(64) turbo_encode(turbo_tensor values, turbo_float type, turbo_tensor blocks, turbo_rows rows) {
+// A block of threads is 32 x 2; blocks of the grid are units of all rows.
+template<int K> static __global__ void __launch_bounds__(64)
+turbo_encode(turbo_tensor values, turbo_float type, turbo_tensor blocks, turbo_rows rows) {
     __shared__ turbo_encode_shared<K> shared;
-    const int    lane = threadIdx.x, candidate = threadIdx.y;
-    const char * x    = turbo_at(values, turbo_find(values, blockIdx.x));
-    uint8_t *    out  = (uint8_t *) turbo_counterpart(values, blocks, rows, blockIdx.x);
+    const int       lane = threadIdx.x, candidate = threadIdx.y;
+    const uint32_t  i    = blockIdx.x % values.ne[0];
+    const turbo_row from = turbo_find_row(values, blockIdx.x/values.ne[0]);
+    const char *    x    = turbo_at(values, from, i);
+    uint8_t *       out  = (uint8_t *) turbo_at(blocks, turbo_choose_row(rows, from), i);
 
     // Without NaN, infinities and what overflows. Both halves of the warp have all 64 values.
     float value[4];
