@@ -59,7 +59,7 @@ static __device__ __forceinline__ float turbo_floor_cost(float cost) {
 }
 
 // What both warps share of a block.
-template<int K> struct turbo_encode_shared {
+template<int K> struct __align__(16) turbo_encode_shared {
     float    row[2][2][TURBO_SHARED(K)];              // costs before a value and after it, of each candidate
     uint16_t best[2][QK_TURBO][TURBO_SHARED(K)];      // in whole units, after each value
     float    target[2][QK_TURBO];
@@ -106,11 +106,20 @@ template<int K> static __device__ uint32_t turbo_search(turbo_encode_shared<K> &
         float next[outs], floored[outs];
 #pragma unroll
         for (int o = 0; o < outs; ++o) {
-            float cost = INFINITY;
+            float step[each];
 #pragma unroll
-            for (int j = o*each; j < (o + 1)*each; ++j) {
-                cost = fminf(cost, __fadd_rn(__fmaf_rn(minus_e[j], t, offset[j]), best[j]));
+            for (int j = 0; j < each; ++j) {
+                const int s = o*each + j;
+                step[j] = __fadd_rn(__fmaf_rn(minus_e[s], t, offset[s]), best[s]);
             }
+#pragma unroll
+            for (int half = each/2; half > 0; half /= 2) { // a tree: a token waits for 64 of these in turn
+#pragma unroll
+                for (int j = 0; j < half; ++j) {
+                    step[j] = fminf(step[j], step[j + half]);
+                }
+            }
+            float cost = step[0];
 #pragma unroll
             for (int distance = 1; distance < lanes; distance *= 2) {
                 cost = fminf(cost, __shfl_xor_sync(TURBO_FULL_WARP, cost, distance, 32));
