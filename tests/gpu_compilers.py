@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -131,6 +132,48 @@ def ptx(grafted: Path, source: Path, output: Path, *flags: str) -> str:
 def cubin(grafted: Path, source: Path, output: Path, architecture: str, *flags: str) -> None:
     """Compile for one architecture, to what nvdisasm reads."""
     _run([nvcc(), *FAST, f"-arch={architecture}", *_headers(grafted), *flags, "-cubin", source, "-o", output])
+
+
+MISSING = """#include <stdio.h>
+#include <stdlib.h>
+static void missing(const char * name) { fprintf(stderr, "simt: llama.cpp calls %s\\n", name); abort(); }
+"""
+
+
+def emulated_device(grafted: Path, units: Path, folder: Path) -> Path:
+    """llama.cpp's CUDA back end as a library to load, with kernels in the emulator, of objects that nvcc makes.
+
+    units: one source with all of ours. The device takes only what is ours (tests/simt/cuda_backend.cpp).
+    """
+    host = [*FAST, "-arch=sm_75", "-Xcompiler", "-fPIC", "-DGGML_BACKEND_SHARED", "-DGGML_BACKEND_BUILD", "-DGGML_CUDA_NO_VMM",
+            *_headers(grafted)]  # fmt: skip
+    emulator = ["-std=c++20", "-O2", "-g", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unused-function", "-ffp-contract=off"]
+    commands = [
+        [nvcc(), *host, "-c", grafted / "ggml" / "src" / "ggml-cuda" / "ggml-cuda.cu", "-o", folder / "ggml-cuda.o"],
+        [nvcc(), *host, *exact_flags("CUDA"), "-c", units, "-o", folder / "units.o"],
+        [clang(), *emulator, "-c", SIMT / "core.cpp", "-o", folder / "core.o"],
+        [nvcc(), "-std=c++17", "-O2", "-Xcompiler", "-fPIC", "-c", SIMT / "cuda_runtime.cpp", "-o", folder / "cuda_runtime.o"],
+        [clang(), *emulator, f"-I{SIMT}", f"-I{SOURCE}", f"-I{SOURCE / 'format'}", "-c", SIMT / "cuda_device.cpp",
+         "-o", folder / "cuda_device.o"],
+        [clang(), *emulator, "-DGGML_BACKEND_SHARED", "-DGGML_BACKEND_BUILD", *_headers(grafted), "-c", SIMT / "cuda_backend.cpp",
+         "-o", folder / "cuda_backend.o"],
+    ]  # fmt: skip
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(_run, commands))
+    objects = [folder / f"{name}.o" for name in ("ggml-cuda", "units", "core", "cuda_runtime", "cuda_device", "cuda_backend")]
+    library = folder / "libggml-cuda-emulated.so"
+    link = [clang(), "-shared", "-o", library, *objects, f"-L{INSTALLED / 'lib'}", f"-Wl,-rpath,{INSTALLED / 'lib'}", "-lggml-base"]
+    _run(link)
+    # The operators of llama.cpp, and cuBLAS: the device never takes them, but a library is loaded with all it names.
+    wanted = re.findall(r"^ +U (\w+)$", _run(["nm", "-D", "--undefined-only", library]), re.MULTILINE)
+    present = set(re.findall(r" \w (\w+)$", _run(["nm", "-D", "--defined-only", INSTALLED / "lib" / "libggml-base.so"]), re.MULTILINE))
+    missing = folder / "missing.c"
+    missing.write_text(MISSING + "".join(
+        f'void missing{i}(void) __asm__("{name}");\nvoid missing{i}(void) {{ missing("{name}"); }}\n'
+        for i, name in enumerate(name for name in wanted if name not in present)))  # fmt: skip
+    _run([clang(), "-x", "c", "-fPIC", "-c", missing, "-o", folder / "missing.o"])
+    _run([*link, folder / "missing.o"])
+    return library
 
 
 def compile_amd(grafted: Path, source: Path, output: Path, architecture: str, *flags: str) -> list[Resources]:

@@ -1,14 +1,17 @@
 """The CUDA and HIP back end without a GPU: its kernels in the emulator (tests/simt), and in the compilers of devices."""
 
+import json
 import re
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 import gpu_compilers
+import tiny_model
 from gpu_compilers import ROOT, SOURCE
 
 CUDA = SOURCE / "cuda"
@@ -210,3 +213,21 @@ def test_amd_compiles_it_within_bounds(grafted, all_units, tmp_path, architectur
     output = tmp_path / "all.s"
     held(gpu_compilers.compile_amd(grafted, all_units, output, architecture, *gpu_compilers.exact_flags("HIP")),
          AMD_BOUNDS, (architecture,))  # fmt: skip
+
+
+# ---- llama.cpp with its cache on the device ----
+
+
+def test_llama_cpp_with_its_cache_on_an_emulated_device(grafted, all_units, tmp_path):
+    """llama.cpp's own CUDA back end, of nvcc's objects, over the emulator: a model reads, answers, copies, shifts, saves
+    and loads, and its logits are those of the CPU to the last bit, since the bytes of its cache are.
+    """
+    library = gpu_compilers.emulated_device(grafted, all_units, tmp_path)
+    model = tiny_model.write(tmp_path / "tiny.gguf")
+    worker = [sys.executable, ROOT / "tests" / "cuda_worker.py", library, model]
+    done = subprocess.run(worker, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert all(said["buffers"])
+    assert {distance for types in said["apart"].values() for distance in types.values()} == {0.0}, said["apart"]
+    assert all(count > 0 for count in said["launches"].values()), said["launches"]

@@ -138,20 +138,38 @@ struct region {
 std::vector<region> dynamic_regions;
 size_t              dynamic_used;
 
-// Static shared variables are thread_local in the emulator: the program's own thread-local storage holds them and
-// nothing else.
+// Static shared variables are thread_local in the emulator: the thread-local storage of the program or library that
+// this file is linked into holds them and, beside one byte, nothing else.
+thread_local volatile char first_use; // a library's storage is there from the first use on
+
+bool contains(const dl_phdr_info & object, const void * address) {
+    for (int i = 0; i < object.dlpi_phnum; ++i) {
+        const auto &    part  = object.dlpi_phdr[i];
+        const uintptr_t begin = object.dlpi_addr + part.p_vaddr;
+        if (part.p_type == PT_LOAD && (uintptr_t) address >= begin && (uintptr_t) address < begin + part.p_memsz) {
+            return true;
+        }
+    }
+    return false;
+}
+
 region static_region() {
+    first_use = 0;
     region found{};
-    dl_iterate_phdr([](dl_phdr_info * info, size_t, void * data) {
-        for (int i = 0; i < info->dlpi_phnum; ++i) {
-            if (info->dlpi_phdr[i].p_type == PT_TLS && info->dlpi_tls_data) {
-                *(region *) data = { (uint8_t *) info->dlpi_tls_data, info->dlpi_phdr[i].p_memsz };
+    dl_iterate_phdr([](dl_phdr_info * object, size_t, void * data) {
+        if (!contains(*object, (const void *) simt_switch)) {
+            return 0;
+        }
+        for (int i = 0; i < object->dlpi_phnum; ++i) {
+            if (object->dlpi_phdr[i].p_type == PT_TLS && object->dlpi_tls_data) {
+                *(region *) data = { (uint8_t *) object->dlpi_tls_data, object->dlpi_phdr[i].p_memsz };
             }
         }
-        return 1; // the first is the program
+        return 1;
     }, &found);
     return found;
 }
+region shared; // of the thread that launches
 
 // ---- who accessed a byte, and what is known to have happened before what ----
 
@@ -204,11 +222,23 @@ void order_accesses(const std::vector<unsigned> & who) {
 
 // "file:line" of an instruction, as binutils know it.
 std::string source_of(const void * code) {
-    uintptr_t base = 0;
-    dl_iterate_phdr([](dl_phdr_info * info, size_t, void * data) { *(uintptr_t *) data = info->dlpi_addr; return 1; }, &base);
-    char command[128], line[512] = "";
-    snprintf(command, sizeof(command), "addr2line -e /proc/%d/exe %#zx", (int) getpid(), (size_t) ((uintptr_t) code - 1 - base));
-    if (FILE * pipe = popen(command, "r")) {
+    struct object {
+        const void * code;
+        std::string  path;
+        uintptr_t    base;
+    } found{ code, "", 0 };
+    dl_iterate_phdr([](dl_phdr_info * info, size_t, void * data) {
+        object & o = *(object *) data;
+        if (!contains(*info, o.code)) {
+            return 0;
+        }
+        o.path = *info->dlpi_name ? info->dlpi_name : "/proc/" + std::to_string(getpid()) + "/exe";
+        o.base = info->dlpi_addr;
+        return 1;
+    }, &found);
+    char address[32], line[512] = "";
+    snprintf(address, sizeof(address), "%#zx", (size_t) ((uintptr_t) code - 1 - found.base));
+    if (FILE * pipe = popen(("addr2line -e " + found.path + " " + address).c_str(), "r")) {
         if (fgets(line, sizeof(line), pipe)) {
             line[strcspn(line, "\n")] = 0;
         }
@@ -266,8 +296,8 @@ void access_bytes(byte_state * states, size_t n, bool write, const std::function
 // ---- shared memory ----
 
 void poison_shared(size_t dynamic_bytes) {
-    const region s = static_region();
-    memset(s.begin, poison, s.bytes);
+    shared = static_region();
+    memset(shared.begin, poison, shared.bytes);
     for (const region & r : dynamic_regions) {
         if (dynamic_bytes > r.bytes) {
             fail("%zu bytes of dynamic shared memory, and the variable has %zu", dynamic_bytes, r.bytes);
@@ -275,7 +305,7 @@ void poison_shared(size_t dynamic_bytes) {
     }
     dynamic_used = dynamic_bytes;
     if (checked) {
-        shared_states.resize(s.bytes);
+        shared_states.resize(shared.bytes);
     }
 }
 
@@ -498,7 +528,6 @@ void access(const void * address, size_t size, bool write, const void * code) {
         return; // the test itself
     }
     const uint8_t * at = (const uint8_t *) address;
-    static const region shared = static_region();
     if (at >= shared.begin && at < shared.begin + shared.bytes) {
         for (const region & r : dynamic_regions) {
             if (at >= r.begin && at < r.begin + r.bytes && at + size > r.begin + dynamic_used) {
