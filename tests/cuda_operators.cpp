@@ -279,6 +279,10 @@ static void test_copy(int k) {
     ggml_tensor op   = tensor(turbo_type(k), out.data(), { { 128, 3, 1, 1 }, {} });
     op.src[0] = &from;
     for (ggml_op what : { GGML_OP_CONT, GGML_OP_DUP, GGML_OP_CPY }) {
+        if (what == GGML_OP_CPY) { // to another shape with rows as long
+            op = tensor(turbo_type(k), out.data(), { { 128, 1, 3, 1 }, {} });
+            op.src[0] = &from;
+        }
         memset(out.data(), 0, out.size());
         compute(op, what);
         for (int64_t i = 0; i < 3; ++i) {

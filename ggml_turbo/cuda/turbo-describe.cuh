@@ -41,9 +41,9 @@ static inline turbo_rows turbo_describe_rows(const ggml_tensor * index) {
     return { turbo_describe(index, 1), (int) ggml_type_size(index->type) };
 }
 
-// CPY takes any two shapes of as many elements. Ours go row by row: the shapes are the same, or both are one long row.
+// CPY takes any two shapes of as many elements. Ours go row by row: rows are as long, or both are one long row.
 static inline bool turbo_can_copy(const ggml_tensor * from, const ggml_tensor * to) {
-    return ggml_are_same_shape(from, to) || (ggml_is_contiguous(from) && ggml_is_contiguous(to));
+    return from->ne[0] == to->ne[0] || (ggml_is_contiguous(from) && ggml_is_contiguous(to));
 }
 
 // The same elements as one row, where they lie side by side.

@@ -42,7 +42,7 @@ void turbo_set_rows(ggml_backend_cuda_context & context, ggml_tensor * op) {
 }
 
 void turbo_copy_encoded(ggml_backend_cuda_context & context, ggml_tensor * op) {
-    if (ggml_are_same_shape(op->src[0], op)) {
+    if (op->src[0]->ne[0] == op->ne[0]) {
         turbo_launch_encoder(context, op->src[0], op, {});
         return;
     }

@@ -208,10 +208,10 @@ template<int K> static __global__ void __launch_bounds__(64)
 turbo_encode(turbo_tensor values, turbo_float type, turbo_tensor blocks, turbo_rows rows) {
     __shared__ turbo_encode_shared<K> shared;
     const int       lane = threadIdx.x, candidate = threadIdx.y;
-    const uint32_t  i    = blockIdx.x % values.ne[0];
-    const turbo_row from = turbo_find_row(values, blockIdx.x/values.ne[0]);
+    const uint32_t  i    = blockIdx.x % values.ne[0], r = blockIdx.x/values.ne[0];
+    const turbo_row from = turbo_find_row(values, r);
     const char *    x    = turbo_at(values, from, i);
-    uint8_t *       out  = (uint8_t *) turbo_at(blocks, turbo_choose_row(rows, from), i);
+    uint8_t *       out  = (uint8_t *) turbo_at(blocks, turbo_other_row(rows, from, blocks, r), i);
 
     // Without NaN, infinities and what overflows. Both halves of the warp have all 64 values.
     float value[4];

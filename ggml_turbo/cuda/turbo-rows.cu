@@ -83,7 +83,7 @@ void turbo_get_rows(ggml_backend_cuda_context & context, ggml_tensor * op) {
 }
 
 void turbo_copy_decoded(ggml_backend_cuda_context & context, ggml_tensor * op) {
-    if (ggml_are_same_shape(op->src[0], op)) {
+    if (op->src[0]->ne[0] == op->ne[0]) {
         turbo_launch_decoder(op->src[0], op, {}, context.stream());
         return;
     }
@@ -92,7 +92,7 @@ void turbo_copy_decoded(ggml_backend_cuda_context & context, ggml_tensor * op) {
 }
 
 void turbo_copy_blocks(ggml_backend_cuda_context & context, ggml_tensor * op) {
-    const bool           one  = !ggml_are_same_shape(op->src[0], op);
+    const bool           one  = op->src[0]->ne[0] != op->ne[0];
     const ggml_tensor    from = one ? turbo_as_row(op->src[0]) : *op->src[0], to = one ? turbo_as_row(op) : *op;
     const uint32_t       rows = turbo_count_rows(&to), pairs = (uint32_t) (ggml_row_size(to.type, to.ne[0])/2);
     if (rows > 0 && pairs > 0) {
@@ -116,7 +116,9 @@ template<typename T> static turbo_tensor turbo_contiguous(T * y, int64_t ne0, in
 
 template<int K, ggml_type type, typename T> static void turbo_convert(const void * x, T * y, int64_t n, cudaStream_t stream) {
     const turbo_tensor values = turbo_contiguous(y, n, 1, 1, 1);
-    const turbo_tensor blocks = { turbo_blocks_at(x), {}, { TURBO_BLOCK_BYTES(K), 0, 0, 0 } };
+    turbo_tensor       blocks = values;
+    blocks.data  = turbo_blocks_at(x);
+    blocks.nb[0] = TURBO_BLOCK_BYTES(K);
     turbo_launch_decoder<T>(type, blocks, values, {}, stream);
 }
 
@@ -125,8 +127,10 @@ template<int K, ggml_type type, typename T>
 static void turbo_convert(const void * x, T * y, int64_t ne0, int64_t ne1, int64_t ne2, int64_t ne3, int64_t s1, int64_t s2,
                           int64_t s3, cudaStream_t stream) {
     constexpr int64_t  bytes  = TURBO_BLOCK_BYTES(K);
-    const turbo_tensor blocks = { turbo_blocks_at(x), {}, { bytes, bytes*s1, bytes*s2, bytes*s3 } };
-    turbo_launch_decoder<T>(type, blocks, turbo_contiguous(y, ne0, ne1, ne2, ne3), {}, stream);
+    const turbo_tensor values = turbo_contiguous(y, ne0, ne1, ne2, ne3);
+    const turbo_tensor blocks = { turbo_blocks_at(x), { values.ne[0], values.ne[1], values.ne[2], values.ne[3] },
+                                  { bytes, bytes*s1, bytes*s2, bytes*s3 } };
+    turbo_launch_decoder<T>(type, blocks, values, {}, stream);
 }
 
 template<typename Function> ggml_cuda_turbo_converter::operator Function() const {

@@ -16,7 +16,7 @@ turbo_decode(turbo_tensor blocks, turbo_tensor values, turbo_rows rows, uint32_t
     constexpr uint32_t warps = turbo_rows_threads/32;
     const int          lane  = threadIdx.x % 32;
     for (uint32_t r = blockIdx.y; r < n_rows; r += gridDim.y) {
-        const turbo_row to = turbo_find_row(values, r), from = turbo_choose_row(rows, to);
+        const turbo_row to = turbo_find_row(values, r), from = turbo_other_row(rows, to, blocks, r);
         for (uint32_t i = blockIdx.x*warps + threadIdx.x/32; i < values.ne[0]; i += gridDim.x*warps) {
             const uint8_t * block = (const uint8_t *) turbo_at(blocks, from, i);
             T *             out   = (T *) turbo_at(values, to, i);
@@ -33,9 +33,8 @@ turbo_decode(turbo_tensor blocks, turbo_tensor values, turbo_rows rows, uint32_t
 static __global__ void __launch_bounds__(turbo_rows_threads)
 turbo_copy(turbo_tensor from, turbo_tensor to, uint32_t pairs, uint32_t n_rows) {
     for (uint32_t r = blockIdx.y; r < n_rows; r += gridDim.y) {
-        const turbo_row  row = turbo_find_row(to, r);
-        const uint16_t * in  = (const uint16_t *) turbo_at(from, row);
-        uint16_t *       out = (uint16_t *) turbo_at(to, row);
+        const uint16_t * in  = (const uint16_t *) turbo_at(from, turbo_find_row(from, r));
+        uint16_t *       out = (uint16_t *) turbo_at(to, turbo_find_row(to, r));
         for (uint32_t i = blockIdx.x*turbo_rows_threads + threadIdx.x; i < pairs; i += gridDim.x*turbo_rows_threads) {
             out[i] = in[i];
         }

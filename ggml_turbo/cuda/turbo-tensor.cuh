@@ -29,14 +29,15 @@ static __device__ __forceinline__ turbo_row turbo_find_row(const turbo_tensor & 
     return { r % t.ne[1], i2 % t.ne[2], i2/t.ne[2] };
 }
 
-// The row that is meant where a tensor without indices has this one.
-static __device__ __forceinline__ turbo_row turbo_choose_row(const turbo_rows & rows, turbo_row row) {
+// The row of `other` that belongs to row r of a tensor, which is `row` there: the one that the index says, or its r-th.
+static __device__ __forceinline__ turbo_row turbo_other_row(const turbo_rows & rows, turbo_row row, const turbo_tensor & other,
+                                                            uint32_t r) {
     const turbo_tensor & index = rows.index;
-    if (index.data) {
-        const char * p = index.data + row.i1*index.nb[0] + row.i2 % index.ne[1]*index.nb[1] + row.i3 % index.ne[2]*index.nb[2];
-        row.i1 = (uint32_t) (rows.bytes == 8 ? *(const int64_t *) p : *(const int32_t *) p);
+    if (!index.data) {
+        return turbo_find_row(other, r);
     }
-    return row;
+    const char * p = index.data + row.i1*index.nb[0] + row.i2 % index.ne[1]*index.nb[1] + row.i3 % index.ne[2]*index.nb[2];
+    return { (uint32_t) (rows.bytes == 8 ? *(const int64_t *) p : *(const int32_t *) p), row.i2, row.i3 };
 }
 
 static __device__ __forceinline__ char * turbo_at(const turbo_tensor & t, turbo_row row, uint32_t i0 = 0) {
