@@ -59,14 +59,20 @@ def main() -> None:
         for types, cpu, device in zip(TYPES, on_cpu, on_device, strict=True)
     }
     kernels = [f"turbo_encode<{k}>" for k in (2, 3, 4)] + [f"turbo_decode<{k}, float>" for k in (2, 3, 4)]
-    print(json.dumps({
-        "apart": apart,
-        "buffers": [
-            "CPU KV buffer" in cpu["log"] and "CUDA0 KV buffer" in device["log"] and "CPU KV buffer" not in device["log"]
-            for cpu, device in zip(on_cpu, on_device, strict=True)
-        ],
-        "launches": {name: launches(name.encode()) for name in kernels},
-    }))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "apart": apart,
+                "buffers": [
+                    "CPU KV buffer" in cpu["log"]
+                    and "CUDA0 KV buffer" in device["log"]
+                    and "CPU KV buffer" not in device["log"]
+                    for cpu, device in zip(on_cpu, on_device, strict=True)
+                ],
+                "launches": {name: launches(name.encode()) for name in kernels},
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

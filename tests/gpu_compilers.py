@@ -23,10 +23,22 @@ NVIDIA = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
 AMD = ("gfx942", "gfx1100")
 
 EMULATED = [
-    "-std=c++20", "-O1", "-gline-tables-only", "-ffp-contract=off", "-ftrivial-auto-var-init=pattern",
-    "-fstack-clash-protection", "-Wall", "-Wextra", "-Werror", "-Wno-unused-function",
-    f"-I{SIMT}", f"-I{ROOT / 'tests'}", f"-I{SOURCE}", f"-I{SOURCE / 'format'}", f"-I{INSTALLED / 'include'}",
-]  # fmt: skip
+    "-std=c++20",
+    "-O1",
+    "-gline-tables-only",
+    "-ffp-contract=off",
+    "-ftrivial-auto-var-init=pattern",
+    "-fstack-clash-protection",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-Wno-unused-function",
+    f"-I{SIMT}",
+    f"-I{ROOT / 'tests'}",
+    f"-I{SOURCE}",
+    f"-I{SOURCE / 'format'}",
+    f"-I{INSTALLED / 'include'}",
+]
 # Traps say nothing of the place, but take vectors as a whole.
 UNCHECKED = ["-fsanitize=alignment", "-fsanitize-trap=alignment"]
 # Every memory access becomes a call, which tests/simt/accesses.cpp answers in place of the sanitizer's own library.
@@ -43,7 +55,7 @@ def clang() -> str:
     """A clang++ that compiles the emulator. Skips the test if there is none."""
     for name in ("clang++-19", "clang++"):
         if path := shutil.which(name):
-            version = re.search(r"version (\d+)", subprocess.run([path, "--version"], capture_output=True, text=True).stdout)
+            version = re.search(r"version (\d+)", _run([path, "--version"]))
             if version and int(version[1]) >= 16:
                 return path
     pytest.skip(f"needs clang 16 or later (Debian: {DEBIAN_PACKAGES})")
@@ -59,7 +71,8 @@ def nvcc() -> str:
 
 def _run(command: list) -> str:
     """What a compiler writes; the test fails with it if the compiler does."""
-    done = subprocess.run([str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    words = [str(word) for word in command]
+    done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     assert done.returncode == 0, done.stdout[-8000:]
     return done.stdout
 
@@ -106,12 +119,30 @@ def _headers(grafted: Path) -> list[str]:
 FAST = ["-std=c++17", "-O3", "-use_fast_math", "-extended-lambda"]
 
 
-def compile_nvidia(grafted: Path, source: Path, output: Path, architectures: tuple = NVIDIA, *flags: str) -> list[Resources]:
+def compile_nvidia(
+    grafted: Path, source: Path, output: Path, architectures: tuple = NVIDIA, *flags: str
+) -> list[Resources]:
     """Compile as llama.cpp does, with our flags at the end; returns what each kernel takes."""
     wanted = [f"-gencode=arch=compute_{sm[3:]},code={sm}" for sm in architectures]
     warn = [word for flag in ("-Wall", "-Wextra", "-Wno-unused-function") for word in ("-Xcompiler", flag)]
-    text = _run([nvcc(), *FAST, *warn, "--threads", os.cpu_count(), *wanted, "-Xptxas", "-v", *_headers(grafted), *flags,
-                 "-c", source, "-o", output])  # fmt: skip
+    text = _run(
+        [
+            nvcc(),
+            *FAST,
+            *warn,
+            "--threads",
+            os.cpu_count(),
+            *wanted,
+            "-Xptxas",
+            "-v",
+            *_headers(grafted),
+            *flags,
+            "-c",
+            source,
+            "-o",
+            output,
+        ]
+    )
     assert not (warnings := re.findall(rf"^{SOURCE}.*warning.*$", text, re.MULTILINE)), warnings
     kernels = re.findall(
         r"Compiling entry function '(\w+)' for '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads"
@@ -119,8 +150,10 @@ def compile_nvidia(grafted: Path, source: Path, output: Path, architectures: tup
         text,
         re.DOTALL,
     )
-    return [Resources(name, sm, int(used), int(out) + int(back), int(shared or 0))
-            for name, sm, out, back, used, shared in kernels]  # fmt: skip
+    return [
+        Resources(name, sm, int(used), int(out) + int(back), int(shared or 0))
+        for name, sm, out, back, used, shared in kernels
+    ]
 
 
 def ptx(grafted: Path, source: Path, output: Path, *flags: str) -> str:
@@ -145,32 +178,97 @@ def emulated_device(grafted: Path, units: Path, folder: Path) -> Path:
 
     units: one source with all of ours. The device takes only what is ours (tests/simt/cuda_backend.cpp).
     """
-    host = [*FAST, "-arch=sm_75", "-Xcompiler", "-fPIC", "-DGGML_BACKEND_SHARED", "-DGGML_BACKEND_BUILD", "-DGGML_CUDA_NO_VMM",
-            *_headers(grafted)]  # fmt: skip
-    emulator = ["-std=c++20", "-O2", "-g", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unused-function", "-ffp-contract=off"]
+    host = [
+        *FAST,
+        "-arch=sm_75",
+        "-Xcompiler",
+        "-fPIC",
+        "-DGGML_BACKEND_SHARED",
+        "-DGGML_BACKEND_BUILD",
+        "-DGGML_CUDA_NO_VMM",
+        *_headers(grafted),
+    ]
+    emulator = [
+        "-std=c++20",
+        "-O2",
+        "-g",
+        "-fPIC",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-Wno-unused-function",
+        "-ffp-contract=off",
+    ]
     commands = [
         [nvcc(), *host, "-c", grafted / "ggml" / "src" / "ggml-cuda" / "ggml-cuda.cu", "-o", folder / "ggml-cuda.o"],
         [nvcc(), *host, *exact_flags("CUDA"), "-c", units, "-o", folder / "units.o"],
         [clang(), *emulator, "-c", SIMT / "core.cpp", "-o", folder / "core.o"],
-        [nvcc(), "-std=c++17", "-O2", "-Xcompiler", "-fPIC", "-c", SIMT / "cuda_runtime.cpp", "-o", folder / "cuda_runtime.o"],
-        [clang(), *emulator, f"-I{SIMT}", f"-I{SOURCE}", f"-I{SOURCE / 'format'}", "-c", SIMT / "cuda_device.cpp",
-         "-o", folder / "cuda_device.o"],
-        [clang(), *emulator, "-DGGML_BACKEND_SHARED", "-DGGML_BACKEND_BUILD", *_headers(grafted), "-c", SIMT / "cuda_backend.cpp",
-         "-o", folder / "cuda_backend.o"],
-    ]  # fmt: skip
+        [
+            nvcc(),
+            "-std=c++17",
+            "-O2",
+            "-Xcompiler",
+            "-fPIC",
+            "-c",
+            SIMT / "cuda_runtime.cpp",
+            "-o",
+            folder / "cuda_runtime.o",
+        ],
+        [
+            clang(),
+            *emulator,
+            f"-I{SIMT}",
+            f"-I{SOURCE}",
+            f"-I{SOURCE / 'format'}",
+            "-c",
+            SIMT / "cuda_device.cpp",
+            "-o",
+            folder / "cuda_device.o",
+        ],
+        [
+            clang(),
+            *emulator,
+            "-DGGML_BACKEND_SHARED",
+            "-DGGML_BACKEND_BUILD",
+            *_headers(grafted),
+            "-c",
+            SIMT / "cuda_backend.cpp",
+            "-o",
+            folder / "cuda_backend.o",
+        ],
+    ]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(_run, commands))
-    objects = [folder / f"{name}.o" for name in ("ggml-cuda", "units", "core", "cuda_runtime", "cuda_device", "cuda_backend")]
+    objects = [
+        folder / f"{name}.o" for name in ("ggml-cuda", "units", "core", "cuda_runtime", "cuda_device", "cuda_backend")
+    ]
     library = folder / "libggml-cuda-emulated.so"
-    link = [clang(), "-shared", "-o", library, *objects, f"-L{INSTALLED / 'lib'}", f"-Wl,-rpath,{INSTALLED / 'lib'}", "-lggml-base"]
+    link = [
+        clang(),
+        "-shared",
+        "-o",
+        library,
+        *objects,
+        f"-L{INSTALLED / 'lib'}",
+        f"-Wl,-rpath,{INSTALLED / 'lib'}",
+        "-lggml-base",
+    ]
     _run(link)
     # The operators of llama.cpp, and cuBLAS: the device never takes them, but a library is loaded with all it names.
     wanted = re.findall(r"^ +U (\w+)$", _run(["nm", "-D", "--undefined-only", library]), re.MULTILINE)
-    present = set(re.findall(r" \w (\w+)$", _run(["nm", "-D", "--defined-only", INSTALLED / "lib" / "libggml-base.so"]), re.MULTILINE))
+    present = set(
+        re.findall(
+            r" \w (\w+)$", _run(["nm", "-D", "--defined-only", INSTALLED / "lib" / "libggml-base.so"]), re.MULTILINE
+        )
+    )
     missing = folder / "missing.c"
-    missing.write_text(MISSING + "".join(
-        f'void missing{i}(void) __asm__("{name}");\nvoid missing{i}(void) {{ missing("{name}"); }}\n'
-        for i, name in enumerate(name for name in wanted if name not in present)))  # fmt: skip
+    missing.write_text(
+        MISSING
+        + "".join(
+            f'void missing{i}(void) __asm__("{name}");\nvoid missing{i}(void) {{ missing("{name}"); }}\n'
+            for i, name in enumerate(name for name in wanted if name not in present)
+        )
+    )
     _run([clang(), "-x", "c", "-fPIC", "-c", missing, "-o", folder / "missing.o"])
     _run([*link, folder / "missing.o"])
     return library
@@ -186,21 +284,61 @@ def compile_amd(grafted: Path, source: Path, output: Path, architecture: str, *f
     version = output.with_suffix(".ll")
     version.write_text(f"@__oclc_ISA_version = linkonce_odr protected addrspace(4) constant i32 {number}, align 4\n")
     bitcode = output.with_suffix(".bc")
-    _run([compiler, "-target", "amdgcn-amd-amdhsa", "-nogpulib", "-x", "ir", "-c", "-emit-llvm", version, "-o", bitcode])
-    libraries = [bitcode, *(BITCODE / f"{name}.bc" for name in (
-        "ocml", "ockl", "oclc_daz_opt_off", "oclc_unsafe_math_off", "oclc_finite_only_off", "oclc_correctly_rounded_sqrt_on",
-        f"oclc_wavefrontsize64_{wave}"))]  # fmt: skip
+    _run(
+        [compiler, "-target", "amdgcn-amd-amdhsa", "-nogpulib", "-x", "ir", "-c", "-emit-llvm", version, "-o", bitcode]
+    )
+    libraries = [
+        bitcode,
+        *(
+            BITCODE / f"{name}.bc"
+            for name in (
+                "ocml",
+                "ockl",
+                "oclc_daz_opt_off",
+                "oclc_unsafe_math_off",
+                "oclc_finite_only_off",
+                "oclc_correctly_rounded_sqrt_on",
+                f"oclc_wavefrontsize64_{wave}",
+            )
+        ),
+    ]
     linked = [word for library in libraries for word in ("-Xclang", "-mlink-builtin-bitcode", "-Xclang", library)]
-    text = _run([
-        compiler, "-Wall", "-Wextra", "-Wno-unused-function", "-x", "hip", f"--offload-arch={architecture}", "--offload-device-only", "-nogpulib", "-nogpuinc",
-        "-include", "__clang_hip_runtime_wrapper.h", "-DGGML_USE_HIP", "-D__HIP_PLATFORM_AMD__", "-std=c++17", "-O3",
-        *linked, *_headers(grafted), *flags, "-Rpass-analysis=kernel-resource-usage", "-S", source, "-o", output,
-    ])  # fmt: skip
+    text = _run(
+        [
+            compiler,
+            "-Wall",
+            "-Wextra",
+            "-Wno-unused-function",
+            "-x",
+            "hip",
+            f"--offload-arch={architecture}",
+            "--offload-device-only",
+            "-nogpulib",
+            "-nogpuinc",
+            "-include",
+            "__clang_hip_runtime_wrapper.h",
+            "-DGGML_USE_HIP",
+            "-D__HIP_PLATFORM_AMD__",
+            "-std=c++17",
+            "-O3",
+            *linked,
+            *_headers(grafted),
+            *flags,
+            "-Rpass-analysis=kernel-resource-usage",
+            "-S",
+            source,
+            "-o",
+            output,
+        ]
+    )
     assert not (warnings := re.findall(rf"^{SOURCE}.*warning:.*$", text, re.MULTILINE)), warnings
     kernels = re.findall(
-        r"Function Name: (\w+).*? VGPRs: (\d+).*?SGPRs Spill: (\d+).*?VGPRs Spill: (\d+).*?LDS Size \[bytes/block\]: (\d+)",
+        r"Function Name: (\w+).*? VGPRs: (\d+).*?SGPRs Spill: (\d+).*?VGPRs Spill: (\d+)"
+        r".*?LDS Size \[bytes/block\]: (\d+)",
         text,
         re.DOTALL,
     )
-    return [Resources(name, architecture, int(used), int(scalar) + int(vector), int(shared))
-            for name, used, scalar, vector, shared in kernels]  # fmt: skip
+    return [
+        Resources(name, architecture, int(used), int(scalar) + int(vector), int(shared))
+        for name, used, scalar, vector, shared in kernels
+    ]

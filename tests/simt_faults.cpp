@@ -1,4 +1,4 @@
-// Kernels that are wrong, one a number: the emulator must see each (tests/test_cuda.py has what it must say). 0 is right.
+// Kernels that are wrong, one a number: the emulator must see each, as tests/test_cuda.py says. 0 is right.
 
 #include "cuda.h"
 

@@ -1,4 +1,4 @@
-"""The CUDA and HIP back end without a GPU: its kernels in the emulator (tests/simt), and in the compilers of devices."""
+"""The CUDA and HIP back end without a GPU: its kernels in the emulator (tests/simt), and in compilers of devices."""
 
 import json
 import re
@@ -42,7 +42,7 @@ def emulator(tmp_path_factory) -> Path:
 
 # ---- the emulator sees what is wrong ----
 
-# What it says of each kernel of simt_faults.cpp, with and without checked accesses. A wrong sum is what the schedules show.
+# What it says of each kernel of simt_faults.cpp, without and with checked accesses. Wrong sums show in the schedules.
 SAYS = [
     ("right", "right"),
     ("wrong sum", "reads bytes 512 to 515 of an input of 512 bytes"),
@@ -66,8 +66,12 @@ SAYS = [
 def faults(emulator) -> list[Path]:
     """simt_faults.cpp without and with checked accesses."""
     with ThreadPoolExecutor() as pool:
-        return list(pool.map(lambda checked: gpu_compilers.emulate(
-            emulator, f"faults-{checked}", FAULTS, checked=checked), (False, True)))  # fmt: skip
+        return list(
+            pool.map(
+                lambda checked: gpu_compilers.emulate(emulator, f"faults-{checked}", FAULTS, checked=checked),
+                (False, True),
+            )
+        )
 
 
 @pytest.mark.parametrize("number", range(len(SAYS)))
@@ -85,9 +89,11 @@ def test_the_emulator_sees_faults(faults, number: int):
 @pytest.fixture(scope="module")
 def operators(emulator) -> dict[str, Path]:
     """cuda_operators.cpp in each of the builds."""
+
     def build(name: str) -> Path:
-        return gpu_compilers.emulate(emulator, f"operators-{name}", OPERATORS, *BUILDS[name]["flags"],
-                                     checked=BUILDS[name]["checked"])  # fmt: skip
+        return gpu_compilers.emulate(
+            emulator, f"operators-{name}", OPERATORS, *BUILDS[name]["flags"], checked=BUILDS[name]["checked"]
+        )
 
     with ThreadPoolExecutor() as pool:
         return dict(zip(BUILDS, pool.map(build, BUILDS), strict=True))
@@ -103,36 +109,73 @@ def test_operators(operators, build: str):
 # What is changed in which file, and what the emulator or the comparison must say.
 PLANTED = {
     "a removed barrier of a warp": (
-        "turbo-encode.cuh", "        turbo_sync_warp();\n    }\n    return total;", "    }\n    return total;", "race|nothing has written",
+        "turbo-encode.cuh",
+        "        turbo_sync_warp();\n    }\n    return total;",
+        "    }\n    return total;",
+        "race|nothing has written",
     ),
     "a removed barrier of a block": (
-        "turbo-encode.cuh", "__syncthreads();\n    if (candidate", "if (candidate", "race|nothing has written",
+        "turbo-encode.cuh",
+        "__syncthreads();\n    if (candidate",
+        "if (candidate",
+        "race|nothing has written",
     ),
     "a lane's neighbour": ("turbo-encode.cuh", "energy, half, 32)", "energy, half ^ 1, 32)", "wrong: turbo2: bytes"),
     "a lane that stays away": (
-        "turbo-encode.cuh", "    turbo_traceback<K>(shared", "    if (lane == 31) return;\n    turbo_traceback<K>(shared", "deadlock",
+        "turbo-encode.cuh",
+        "    turbo_traceback<K>(shared",
+        "    if (lane == 31) return;\n    turbo_traceback<K>(shared",
+        "deadlock",
     ),
-    "swapped codes": ("turbo-encode.cuh", "shared.state[8*lane + j]) << K*j", "shared.state[8*lane + j]) << K*(j ^ 1)", "wrong: turbo2: bytes"),
+    "swapped codes": (
+        "turbo-encode.cuh",
+        "shared.state[8*lane + j]) << K*j",
+        "shared.state[8*lane + j]) << K*(j ^ 1)",
+        "wrong: turbo2: bytes",
+    ),
     "a header read as a word": (
-        "turbo-blocks.cuh", "*(const uint16_t *) block", "*(const uint32_t *) block", "no multiple of that, at .*turbo-blocks.cuh",
+        "turbo-blocks.cuh",
+        "*(const uint16_t *) block",
+        "*(const uint32_t *) block",
+        "no multiple of that, at .*turbo-blocks.cuh",
     ),
     "costs that start anywhere": (
-        "turbo-encode.cuh", "shared.row[candidate][0][u] = 0.0f;", "", "nothing has written, at .*turbo-encode.cuh",
+        "turbo-encode.cuh",
+        "shared.row[candidate][0][u] = 0.0f;",
+        "",
+        "nothing has written, at .*turbo-encode.cuh",
     ),
     "a byte behind the block": (
-        "turbo-blocks.cuh", "byte + 1 < TURBO_BLOCK_BYTES(K) ? block[byte + 1] : 0", "block[byte + 1]", "of an input of",
+        "turbo-blocks.cuh",
+        "byte + 1 < TURBO_BLOCK_BYTES(K) ? block[byte + 1] : 0",
+        "block[byte + 1]",
+        "of an input of",
     ),
-    "a scale that is too small": ("turbo-encode.cuh", "return energy >= __fmul_rn(", "return energy >= 1.03f*__fmul_rn(", "wrong: turbo2: bytes"),
+    "a scale that is too small": (
+        "turbo-encode.cuh",
+        "return energy >= __fmul_rn(",
+        "return energy >= 1.03f*__fmul_rn(",
+        "wrong: turbo2: bytes",
+    ),
     "a table that is half there": (
-        "turbo-table.cuh", "s < TURBO_STATES; s += turbo_threads()", "s < TURBO_STATES/2; s += turbo_threads()", "nothing has written",
+        "turbo-table.cuh",
+        "s < TURBO_STATES; s += turbo_threads()",
+        "s < TURBO_STATES/2; s += turbo_threads()",
+        "nothing has written",
     ),
-    "too much taken": ("turbo-describe.cuh", "t->ne[0] % QK_TURBO == 0 &&", "", "wrong: supports CPY: values of a block in two rows"),
-}  # fmt: skip
+    "too much taken": (
+        "turbo-describe.cuh",
+        "t->ne[0] % QK_TURBO == 0 &&",
+        "",
+        "wrong: supports CPY: values of a block in two rows",
+    ),
+}
 
 
 @pytest.fixture(scope="module")
 def planted(emulator, tmp_path_factory) -> dict[str, subprocess.CompletedProcess]:
     """cuda_operators.cpp with each of the faults, as it has run."""
+
     def plant(fault: str) -> subprocess.CompletedProcess:
         name, right, wrong, _ = PLANTED[fault]
         folder = tmp_path_factory.mktemp("planted")
@@ -193,8 +236,13 @@ def held(resources: list, bounds: dict, architectures: tuple) -> None:
 
 def test_nvidia_compiles_it_within_bounds(grafted, all_units):
     output = all_units.with_suffix(".o")
-    held(gpu_compilers.compile_nvidia(grafted, all_units, output, gpu_compilers.NVIDIA, *gpu_compilers.exact_flags("CUDA")),
-         BOUNDS, gpu_compilers.NVIDIA)  # fmt: skip
+    held(
+        gpu_compilers.compile_nvidia(
+            grafted, all_units, output, gpu_compilers.NVIDIA, *gpu_compilers.exact_flags("CUDA")
+        ),
+        BOUNDS,
+        gpu_compilers.NVIDIA,
+    )
 
 
 def test_the_encoder_is_compiled_without_fast_math(grafted, tmp_path):
@@ -211,16 +259,19 @@ def test_the_encoder_is_compiled_without_fast_math(grafted, tmp_path):
 @pytest.mark.parametrize("architecture", gpu_compilers.AMD)
 def test_amd_compiles_it_within_bounds(grafted, all_units, tmp_path, architecture: str):
     output = tmp_path / "all.s"
-    held(gpu_compilers.compile_amd(grafted, all_units, output, architecture, *gpu_compilers.exact_flags("HIP")),
-         AMD_BOUNDS, (architecture,))  # fmt: skip
+    held(
+        gpu_compilers.compile_amd(grafted, all_units, output, architecture, *gpu_compilers.exact_flags("HIP")),
+        AMD_BOUNDS,
+        (architecture,),
+    )
 
 
 # ---- llama.cpp with its cache on the device ----
 
 
 def test_llama_cpp_with_its_cache_on_an_emulated_device(grafted, all_units, tmp_path):
-    """llama.cpp's own CUDA back end, of nvcc's objects, over the emulator: a model reads, answers, copies, shifts, saves
-    and loads, and its logits are those of the CPU to the last bit, since the bytes of its cache are.
+    """llama.cpp's own CUDA back end, of nvcc's objects, over the emulator: a model reads, answers, copies, shifts,
+    saves and loads, and its logits are those of the CPU to the last bit, since the bytes of its cache are.
     """
     library = gpu_compilers.emulated_device(grafted, all_units, tmp_path)
     model = tiny_model.write(tmp_path / "tiny.gguf")

@@ -6,8 +6,8 @@
     python3 tools/gpu_check.py --build FOLDER --no-build     # with programs that are there
 
 It needs what docs/gpu.md says for a build; a GPU of NVIDIA's or AMD's; and, where they are installed, it uses
-compute-sanitizer and nvidia-smi. A part that fails is reported, and the next ones run all the same. What was not measured
-is not in the report.
+compute-sanitizer and nvidia-smi. A part that fails is reported, and the next ones run all the same. What was not
+measured is not in the report.
 """
 
 import argparse
@@ -35,8 +35,15 @@ def run(*command: object, **environment: str) -> str:
     """Everything a program prints. Raises Failed."""
     words = [str(word) for word in command]
     print("$", *words, file=sys.stderr)
-    done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-                          env={**os.environ, **environment}, check=False)  # fmt: skip
+    done = subprocess.run(
+        words,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env={**os.environ, **environment},
+        check=False,
+    )
     text = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout)
     if done.returncode:
         raise Failed(f"{' '.join(words)} ended with {done.returncode}:\n" + "\n".join(text.splitlines()[-15:]))
@@ -75,7 +82,10 @@ def operators(text: str) -> str:
     counts: dict[str, Counter] = {}
     for operator, result in re.findall(r"^  ([A-Z_]+)\(.*(OK|FAIL|not supported)", text, re.MULTILINE):
         counts.setdefault(operator, Counter())[result] += 1
-    rows = [f"| {name} | {found['OK']} | {found['FAIL']} | {found['not supported']} |" for name, found in sorted(counts.items())]
+    rows = [
+        f"| {name} | {found['OK']} | {found['FAIL']} | {found['not supported']} |"
+        for name, found in sorted(counts.items())
+    ]
     return "\n".join(["| operator | right | wrong | left to the CPU |", "|---|---|---|---|", *rows])
 
 
@@ -91,8 +101,19 @@ def check_accesses(programs: Path, device: str) -> str:
     """The same under compute-sanitizer: accesses outside of memory, and races in shared memory."""
     lines = []
     for tool in ("memcheck", "racecheck"):
-        text = run("compute-sanitizer", "--tool", tool, programs / "test-backend-ops", "test", "-b", device, "-p", "turbo",
-                   "-o", "SET_ROWS")  # fmt: skip
+        text = run(
+            "compute-sanitizer",
+            "--tool",
+            tool,
+            programs / "test-backend-ops",
+            "test",
+            "-b",
+            device,
+            "-p",
+            "turbo",
+            "-o",
+            "SET_ROWS",
+        )
         lines += re.findall(r"=+ ((?:ERROR|RACECHECK) SUMMARY.*)", text)
     return "\n".join(lines)
 
@@ -103,8 +124,23 @@ def check_divergence(programs: Path, model: Path) -> str:
     rows = ["| type | mean KL divergence from the CPU |", "|---|---|"]
     base = model.with_suffix(".logits")
     for kind in TYPES:
-        common = (programs / "llama-perplexity", "--model", model, "--file", text, "--ctx-size", 512, "--chunks", 4,
-                  "--kl-divergence-base", base, "--cache-type-k", kind, "--cache-type-v", kind)  # fmt: skip
+        common = (
+            programs / "llama-perplexity",
+            "--model",
+            model,
+            "--file",
+            text,
+            "--ctx-size",
+            512,
+            "--chunks",
+            4,
+            "--kl-divergence-base",
+            base,
+            "--cache-type-k",
+            kind,
+            "--cache-type-v",
+            kind,
+        )
         try:
             run(*common, "--n-gpu-layers", 0, "--no-kv-offload")
             found = run(*common, "--kl-divergence", "--n-gpu-layers", 99)
@@ -118,11 +154,33 @@ def check_speed(programs: Path, model: Path, depths: str) -> str:
     """Tokens a second by depth, as multiples of f16 in the same run."""
     speeds: dict[tuple, float] = {}
     for kind in (*BESIDE, *TYPES):
-        text = run(programs / "llama-bench", "--model", model, "--n-gpu-layers", 99, "--flash-attn", 1, "--cache-type-k", kind,
-                   "--cache-type-v", kind, "--n-depth", depths, "--n-prompt", 512, "--n-gen", 64, "--output", "json")  # fmt: skip
+        text = run(
+            programs / "llama-bench",
+            "--model",
+            model,
+            "--n-gpu-layers",
+            99,
+            "--flash-attn",
+            1,
+            "--cache-type-k",
+            kind,
+            "--cache-type-v",
+            kind,
+            "--n-depth",
+            depths,
+            "--n-prompt",
+            512,
+            "--n-gen",
+            64,
+            "--output",
+            "json",
+        )
         found = json.loads(re.search(r"^\[.*^\]", text, re.DOTALL | re.MULTILINE)[0])  # the log is beside it
         speeds |= {(kind, one["n_depth"], "prefill" if one["n_prompt"] else "decode"): one["avg_ts"] for one in found}
-    rows = ["| | depth | f16, tokens/s | " + " | ".join((*BESIDE[1:], *TYPES)) + " |", "|---" * (3 + len(BESIDE[1:]) + len(TYPES)) + "|"]
+    rows = [
+        "| | depth | f16, tokens/s | " + " | ".join((*BESIDE[1:], *TYPES)) + " |",
+        "|---" * (3 + len(BESIDE[1:]) + len(TYPES)) + "|",
+    ]
     for depth, what in sorted({(depth, what) for _, depth, what in speeds}, key=lambda pair: (pair[1], pair[0])):
         f16 = speeds["f16", depth, what]
         ratios = (f"{speeds[kind, depth, what] / f16:.2f}" for kind in (*BESIDE[1:], *TYPES))

@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
-"""Instructions of the inner loops of our CUDA kernels, by kind, for each value that a lane decodes or state that it tries.
+"""Instructions of the inner loops of our CUDA kernels, by kind, for each value or state that a lane works on.
 
     python3 tools/gpu_instructions.py                       # for one architecture of each generation
     python3 tools/gpu_instructions.py --architecture sm_90 --kernel attend
     python3 tools/gpu_instructions.py --json counts.json
 
-It compiles ggml_turbo/cuda with nvcc as the build does, disassembles, and takes of each kernel the innermost loop with the
-most work in it. Work is counted by an instruction that stands once for each unit of it: see UNITS. Code in the loop that
-runs rarely is counted in full. It needs nvcc and nvdisasm, of the CUDA toolkit or of PyPI (nvidia-cuda-nvdisasm); no GPU.
+It compiles ggml_turbo/cuda with nvcc as the build does, disassembles, and takes of each kernel the innermost loop with
+the most work in it. Work is counted by an instruction that stands once for each unit of it: see UNITS. Code in the loop
+that runs rarely is counted in full. It needs nvcc and nvdisasm, of the CUDA toolkit or of PyPI (nvidia-cuda-nvdisasm);
+no GPU.
 """
 
 import argparse
@@ -29,11 +30,12 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parent.parent
 sys.path += [str(ROOT / "tests"), str(ROOT / "ggml_turbo" / "graft")]
 
-import gpu_compilers
 import graft
 import source
 
-# What kernels of this name do again and again, the instruction that tells how often, and how many one of it stands for. A
+import gpu_compilers
+
+# What kernels of this name do again and again, the instruction that tells how often, and how many one stands for. A
 # product of m16n8k16 takes 16 x 8 values, which 32 lanes have decoded.
 UNITS = {
     "turbo_encode": ("state", "FFMA", 1.0),
@@ -42,8 +44,8 @@ UNITS = {
 }
 # Instructions by the part of a multiprocessor that executes them.
 KINDS = {
-    "integer and logic": "LOP3 SHF PRMT IADD3 IADD LEA SEL ISETP FSETP IMNMX VIMNMX VIMNMX3 SGXT BMSK IABS FMNMX FMNMX3 FSEL "
-    "VIADD VIADDMNMX MOV PLOP3 P2R R2P FCHK VABSDIFF VABSDIFF4",
+    "integer and logic": "LOP3 SHF PRMT IADD3 IADD LEA SEL ISETP FSETP IMNMX VIMNMX VIMNMX3 SGXT BMSK IABS FMNMX "
+    "FMNMX3 FSEL VIADD VIADDMNMX MOV PLOP3 P2R R2P FCHK VABSDIFF VABSDIFF4",
     "multiply and add": "FFMA FADD FMUL IMAD HFMA2 HADD2 HMUL2 IDP FFMA2 FADD2 FMUL2 HSET2 HSETP2 HMNMX2",
     "shared memory": "LDS STS LDSM SHFL ATOMS REDUX VOTE",
     "tensor cores": "HMMA IMMA",
@@ -146,7 +148,9 @@ def count(grafted: Path, folder: Path, architecture: str) -> list[Loop]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--architecture", action="append", choices=gpu_compilers.NVIDIA, help="default: sm_75, sm_86, sm_90, sm_120")
+    parser.add_argument(
+        "--architecture", action="append", choices=gpu_compilers.NVIDIA, help="default: sm_75, sm_86, sm_90, sm_120"
+    )
     parser.add_argument("--kernel", default="", help="only kernels with this in their name")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all counts there")
     options = parser.parse_args()
@@ -154,11 +158,16 @@ def main() -> None:
     found = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        graft.write(pristine := source.pinned(Path("~/.cache/turboquant-gguf").expanduser()), folder / "llama.cpp",
-                    graft.insert(pristine, graft.load()))  # fmt: skip
+        graft.write(
+            pristine := source.pinned(Path("~/.cache/turboquant-gguf").expanduser()),
+            folder / "llama.cpp",
+            graft.insert(pristine, graft.load()),
+        )
         for architecture in options.architecture or ["sm_75", "sm_86", "sm_90", "sm_120"]:
             try:
-                found += [loop for loop in count(folder / "llama.cpp", folder, architecture) if options.kernel in loop.kernel]
+                found += [
+                    loop for loop in count(folder / "llama.cpp", folder, architecture) if options.kernel in loop.kernel
+                ]
             except pytest.skip.Exception as missing:
                 sys.exit(str(missing))
     kinds = [kind for kind in (*KINDS, "uniform", "control") if any(kind in loop.per_unit for loop in found)]

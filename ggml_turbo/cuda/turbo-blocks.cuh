@@ -21,8 +21,8 @@ static __device__ __forceinline__ void turbo_sync_warp() {
 
 // ---- whole words of bits ----
 
-// N words of memory from p on, which is aligned to 2 bytes. Reads the aligned words that hold them, none beyond: at most
-// 2 bytes before and after, in the same word as bytes that were asked for.
+// N words of memory from p on, which is aligned to 2 bytes. Reads the aligned words that hold them, none beyond: at
+// most 2 bytes before and after, in the same word as bytes that were asked for.
 template<int N> static __device__ __forceinline__ void turbo_load_words(const void * p, uint32_t (&words)[N]) {
     const uintptr_t  address = (uintptr_t) p;
     const uint32_t * aligned = (const uint32_t *) (address & ~(uintptr_t) 3);
@@ -36,8 +36,9 @@ template<int N> static __device__ __forceinline__ void turbo_load_words(const vo
     }
 }
 
-// Bits POS .. POS + N - 1 of up to three words, moved to bit TO: with N = 8 a state as an offset into a table of 2^TO-byte
-// entries (turbo-table.cuh), with N = 8 + K those of two neighbours. All are constants: one shift and one mask.
+// Bits POS .. POS + N - 1 of up to three words, moved to bit TO: with N = 8 a state as an offset into a table of
+// 2^TO-byte entries (turbo-table.cuh), with N = 8 + K those of two neighbours. All are constants: one shift and one
+// mask.
 template<int POS, int N, int TO>
 static __device__ __forceinline__ uint32_t turbo_field(uint32_t w0, uint32_t w1, uint32_t w2) {
     constexpr int by = POS - TO; // to the right

@@ -19,15 +19,15 @@ bool turbo_takes_encoding(int device, const ggml_tensor * op) {
     return turbo_can_encode(op->src[0], op) && turbo_can_copy(op->src[0], op);
 }
 
-static void turbo_launch_encoder(ggml_backend_cuda_context & context, const ggml_tensor * values, const ggml_tensor * blocks,
-                                 const turbo_rows & rows) {
+static void turbo_launch_encoder(ggml_backend_cuda_context & context, const ggml_tensor * values,
+                                 const ggml_tensor * blocks, const turbo_rows & rows) {
     const int64_t n = ggml_nelements(values)/QK_TURBO;
     if (n == 0) {
         return;
     }
     const auto launch = [&](auto kernel) {
-        turbo_launch(kernel, dim3((unsigned) n), dim3(32, 2), 0, context.stream(), turbo_describe(values), turbo_float_of(values),
-                     turbo_describe(blocks), rows);
+        turbo_launch(kernel, dim3((unsigned) n), dim3(32, 2), 0, context.stream(), turbo_describe(values),
+                     turbo_float_of(values), turbo_describe(blocks), rows);
     };
 #define TURBO_LAUNCH(K, ID) case GGML_TYPE_TURBO##K: launch(turbo_encode<K>); break;
     switch (blocks->type) {

@@ -1,13 +1,14 @@
 #pragma once
 
 // The encoder: a block of 64 values by two warps, one for each candidate of the scale; the same bytes as
-// format/turbo-reference.c, of which format/README.md has the steps. Compile without fast math: each float operation that
-// is written here with a rounding is rounded once.
+// format/turbo-reference.c, of which format/README.md has the steps. Compile without fast math: each float operation
+// that is written here with a rounding is rounded once.
 //
 // Costs are exact floats in units of 1/64. With a target t and an entry e the step of turbo_path_cost is
 //     ((t - 256e)^2 + 2^14) >> 15 = floor((A + G)/64),   A = (t^2 + 2^14) >> 9,   G = e*(128e - t)
-// and all sums stay below 2^24. So a state takes three instructions: G, the sum with the best cost before it, the minimum.
-// That an entry's distance saturates at 16 bits, which this leaves out, is put right afterwards where it may matter.
+// and all sums stay below 2^24. So a state takes three instructions: G, the sum with the best cost before it, the
+// minimum. That an entry's distance saturates at 16 bits, which this leaves out, is put right afterwards where it may
+// matter.
 
 #include "turbo-table.cuh"
 #include "turbo-tensor.cuh"
@@ -73,7 +74,7 @@ template<int K> static __device__ uint32_t turbo_search(turbo_encode_shared<K> &
     // `each` of them; or, if fewer than all that lead to one are here, to a part of one.
     constexpr int per_lane = TURBO_STATES/32, codes = TURBO_CODES(K), n_shared = TURBO_SHARED(K);
     constexpr int each = codes < per_lane ? codes : per_lane, outs = per_lane/each, lanes = codes/each;
-    static_assert(n_shared % per_lane == 0, "the states of a lane differ in the bits that they share with those before");
+    static_assert(n_shared % per_lane == 0, "the states of a lane differ in bits that they share with those before");
 
     float minus_e[per_lane], offset[per_lane]; // G = offset + minus_e*t
 #pragma unroll

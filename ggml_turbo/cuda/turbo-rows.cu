@@ -41,16 +41,16 @@ bool turbo_takes_mul_mat(int device, const ggml_tensor * op) {
 
 // ---- launches ----
 
-// Blocks of threads for so many units of each row, of which each takes `each`: enough to fill any GPU, and no more, since
-// each fills its table first.
+// Blocks of threads for so many units of each row, of which each takes `each`: enough to fill any GPU, and no more,
+// since each fills its table first.
 static dim3 turbo_rows_grid(uint32_t units, uint32_t each, uint32_t rows) {
     const uint32_t x = std::min((units + each - 1)/each, 4096u);
     return dim3(x, std::min(rows, std::max(4096/x, 1u)));
 }
 
 template<typename T>
-static void turbo_launch_decoder(ggml_type type, const turbo_tensor & blocks, const turbo_tensor & values, const turbo_rows & rows,
-                                 cudaStream_t stream) {
+static void turbo_launch_decoder(ggml_type type, const turbo_tensor & blocks, const turbo_tensor & values,
+                                 const turbo_rows & rows, cudaStream_t stream) {
     const uint32_t n_rows = values.ne[1]*values.ne[2]*values.ne[3];
     if (n_rows == 0 || values.ne[0] == 0) {
         return;
@@ -67,10 +67,10 @@ static void turbo_launch_decoder(ggml_type type, const turbo_tensor & blocks, co
 #undef TURBO_LAUNCH
 }
 
-static void turbo_launch_decoder(const ggml_tensor * blocks, const ggml_tensor * values, const turbo_rows & rows, cudaStream_t stream) {
-    const auto launch = [&](auto type) {
-        turbo_launch_decoder<decltype(type)>(blocks->type, turbo_describe(blocks), turbo_describe(values), rows, stream);
-    };
+static void turbo_launch_decoder(const ggml_tensor * blocks, const ggml_tensor * values, const turbo_rows & rows,
+                                 cudaStream_t stream) {
+    const turbo_tensor from = turbo_describe(blocks), to = turbo_describe(values);
+    const auto launch = [&](auto type) { turbo_launch_decoder<decltype(type)>(blocks->type, from, to, rows, stream); };
     switch (values->type) {
         case GGML_TYPE_F16:  launch(half());        break;
         case GGML_TYPE_BF16: launch(nv_bfloat16()); break;
@@ -96,8 +96,8 @@ void turbo_copy_blocks(ggml_backend_cuda_context & context, ggml_tensor * op) {
     const ggml_tensor    from = one ? turbo_as_row(op->src[0]) : *op->src[0], to = one ? turbo_as_row(op) : *op;
     const uint32_t       rows = turbo_count_rows(&to), pairs = (uint32_t) (ggml_row_size(to.type, to.ne[0])/2);
     if (rows > 0 && pairs > 0) {
-        turbo_launch(turbo_copy, turbo_rows_grid(pairs, turbo_rows_threads, rows), dim3(turbo_rows_threads), 0, context.stream(),
-                     turbo_describe(&from), turbo_describe(&to), pairs, rows);
+        turbo_launch(turbo_copy, turbo_rows_grid(pairs, turbo_rows_threads, rows), dim3(turbo_rows_threads), 0,
+                     context.stream(), turbo_describe(&from), turbo_describe(&to), pairs, rows);
     }
 }
 
@@ -114,7 +114,8 @@ template<typename T> static turbo_tensor turbo_contiguous(T * y, int64_t ne0, in
              { QK_TURBO*size, row, row*ne1, row*ne1*ne2 } };
 }
 
-template<int K, ggml_type type, typename T> static void turbo_convert(const void * x, T * y, int64_t n, cudaStream_t stream) {
+template<int K, ggml_type type, typename T>
+static void turbo_convert(const void * x, T * y, int64_t n, cudaStream_t stream) {
     const turbo_tensor values = turbo_contiguous(y, n, 1, 1, 1);
     turbo_tensor       blocks = values;
     blocks.data  = turbo_blocks_at(x);
@@ -124,8 +125,8 @@ template<int K, ggml_type type, typename T> static void turbo_convert(const void
 
 // Strides count blocks.
 template<int K, ggml_type type, typename T>
-static void turbo_convert(const void * x, T * y, int64_t ne0, int64_t ne1, int64_t ne2, int64_t ne3, int64_t s1, int64_t s2,
-                          int64_t s3, cudaStream_t stream) {
+static void turbo_convert(const void * x, T * y, int64_t ne0, int64_t ne1, int64_t ne2, int64_t ne3,
+                          int64_t s1, int64_t s2, int64_t s3, cudaStream_t stream) {
     constexpr int64_t  bytes  = TURBO_BLOCK_BYTES(K);
     const turbo_tensor values = turbo_contiguous(y, ne0, ne1, ne2, ne3);
     const turbo_tensor blocks = { turbo_blocks_at(x), { values.ne[0], values.ne[1], values.ne[2], values.ne[3] },

@@ -30,13 +30,14 @@ static __device__ __forceinline__ turbo_row turbo_find_row(const turbo_tensor & 
 }
 
 // The row of `other` that belongs to row r of a tensor, which is `row` there: the one that the index says, or its r-th.
-static __device__ __forceinline__ turbo_row turbo_other_row(const turbo_rows & rows, turbo_row row, const turbo_tensor & other,
-                                                            uint32_t r) {
+static __device__ __forceinline__ turbo_row turbo_other_row(const turbo_rows & rows, turbo_row row,
+                                                            const turbo_tensor & other, uint32_t r) {
     const turbo_tensor & index = rows.index;
     if (!index.data) {
         return turbo_find_row(other, r);
     }
-    const char * p = index.data + row.i1*index.nb[0] + row.i2 % index.ne[1]*index.nb[1] + row.i3 % index.ne[2]*index.nb[2];
+    const int64_t at = row.i1*index.nb[0] + row.i2 % index.ne[1]*index.nb[1] + row.i3 % index.ne[2]*index.nb[2];
+    const char *  p  = index.data + at;
     return { (uint32_t) (rows.bytes == 8 ? *(const int64_t *) p : *(const int32_t *) p), row.i2, row.i3 };
 }
 

@@ -116,7 +116,25 @@ bool     checked;
 namespace {
 
 constexpr size_t stack_bytes = 256*1024;
-size_t           page_bytes() { return (size_t) sysconf(_SC_PAGESIZE); }
+
+size_t page_bytes() {
+    return (size_t) sysconf(_SC_PAGESIZE);
+}
+
+// Memory that takes none before it is written.
+uint8_t * map_pages(size_t bytes) {
+    const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+    void *    pages = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, flags, -1, 0);
+    if (pages == MAP_FAILED) {
+        fail("%zu bytes of memory cannot be had", bytes);
+    }
+    return (uint8_t *) pages;
+}
+
+// Of number i where there are `shape` of them, x fastest.
+dim3 position(size_t i, dim3 shape) {
+    return dim3((unsigned) (i % shape.x), (unsigned) (i/shape.x % shape.y), (unsigned) (i/shape.x/shape.y));
+}
 
 schedule     order = schedule::ascending;
 std::mt19937 random_numbers;
@@ -173,8 +191,8 @@ region shared; // of the thread that launches
 
 // ---- who accessed a byte, and what is known to have happened before what ----
 
-// Every thread counts the meetings it was in. clocks[a*n + b] is the count of b up to which all that b did is known to be
-// before what a does next: so an access of b at a later count races with one of a.
+// Every thread counts the meetings it was in. clocks[a*n + b] is the count of b up to which all that b did is known to
+// be before what a does next: so an access of b at a later count races with one of a.
 std::vector<uint32_t> clocks;
 
 struct accessor {
@@ -248,10 +266,14 @@ std::string source_of(const void * code) {
 }
 
 bool is_before(const accessor & other) {
-    return other.block != this_block ? other.block < first_block : clocks[self*fibers.size() + other.thread] >= other.clock;
+    if (other.block != this_block) {
+        return other.block < first_block;
+    }
+    return clocks[self*fibers.size() + other.thread] >= other.clock;
 }
 
-[[noreturn]] void report_race(const char * what, const accessor & other, const char * before, const std::string & where, const void * code) {
+[[noreturn]] void report_race(const char * what, const accessor & other, const char * before, const std::string & where,
+                              const void * code) {
     if (other.block != this_block) {
         fail("race: %s %s, which another block %s, at %s", what, where.c_str(), before, source_of(code).c_str());
     }
@@ -259,11 +281,13 @@ bool is_before(const accessor & other) {
          source_of(code).c_str());
 }
 
-void access_bytes(byte_state * states, size_t n, bool write, const std::function<std::string(size_t)> & where, const void * code, bool forget) {
+// where: the name of byte i. of_block: the memory is new in every block.
+void access_bytes(byte_state * states, size_t n, bool write, const std::function<std::string(size_t)> & where,
+                  const void * code, bool of_block) {
     const accessor me = { this_block, self, clocks[self*fibers.size() + self] };
     for (size_t i = 0; i < n; ++i) {
         byte_state & s = states[i];
-        if (forget && s.writer.block != this_block) { // shared memory is a block's own
+        if (of_block && s.writer.block != this_block) {
             s.writer  = {};
             s.written = false;
             if (s.reader.block != this_block) {
@@ -461,14 +485,15 @@ void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void
     handle_faults();
     const unsigned n = block.x*block.y*block.z;
     if (n == 0 || n > 1024 || grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535) {
-        fail("a grid of %u,%u,%u blocks of %u,%u,%u threads cannot be launched", grid.x, grid.y, grid.z, block.x, block.y, block.z);
+        fail("a grid of %u,%u,%u blocks of %u,%u,%u threads cannot be launched", grid.x, grid.y, grid.z,
+             block.x, block.y, block.z);
     }
     if (n > n_stacks) {
         if (stacks) {
             munmap(stacks, n_stacks*stack_bytes);
         }
         n_stacks = n;
-        stacks = (uint8_t *) mmap(nullptr, n*stack_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        stacks = map_pages(n*stack_bytes);
         for (unsigned i = 0; i < n; ++i) {
             mprotect(stacks + i*stack_bytes, page_bytes(), PROT_NONE);
         }
@@ -486,7 +511,7 @@ void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void
         std::shuffle(blocks.begin(), blocks.end(), random_numbers);
     }
     for (uint64_t b : blocks) {
-        current.block_index = dim3((unsigned) (b % grid.x), (unsigned) (b/grid.x % grid.y), (unsigned) (b/grid.x/grid.y));
+        current.block_index = position((size_t) b, grid);
         poison_shared(shared_bytes);
         groups.assign((n + group_size - 1)/group_size, {});
         block_meeting = {};
@@ -496,8 +521,7 @@ void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void
             start_clocks(n);
         }
         for (unsigned i = 0; i < n; ++i) {
-            fibers[i] = { new_stack(stacks + (i + 1)*stack_bytes, entry), dim3(i % block.x, i/block.x % block.y, i/block.x/block.y),
-                          false, nullptr, 0, {} };
+            fibers[i] = { new_stack(stacks + (i + 1)*stack_bytes, entry), position(i, block), false, nullptr, 0, {} };
         }
         run_block();
     }
@@ -531,10 +555,12 @@ void access(const void * address, size_t size, bool write, const void * code) {
     if (at >= shared.begin && at < shared.begin + shared.bytes) {
         for (const region & r : dynamic_regions) {
             if (at >= r.begin && at < r.begin + r.bytes && at + size > r.begin + dynamic_used) {
-                fail("accesses byte %td of %zu bytes of dynamic shared memory, at %s", at - r.begin, dynamic_used, source_of(code).c_str());
+                fail("accesses byte %td of %zu bytes of dynamic shared memory, at %s", at - r.begin, dynamic_used,
+                     source_of(code).c_str());
             }
         }
-        access_bytes(&shared_states[(size_t) (at - shared.begin)], size, write, [](size_t) { return std::string("shared memory"); }, code, true);
+        const auto where = [](size_t) { return std::string("shared memory"); };
+        access_bytes(&shared_states[(size_t) (at - shared.begin)], size, write, where, code, true);
         return;
     }
     for (array & a : arrays) {
@@ -545,8 +571,9 @@ void access(const void * address, size_t size, bool write, const void * code) {
         // Words that hold bytes of the array may be read as a whole: no allocation of a device ends within one.
         const bool touches = (uintptr_t) at % size == 0 && size <= 4 && at < end && at + size > a.begin;
         if (!(at >= a.begin && at + size <= end) && (write || !touches)) {
-            fail("%s bytes %td to %td of an %s of %zu bytes, at %s", write ? "writes" : "reads", at - a.begin, at - a.begin + (ptrdiff_t) size - 1,
-                 a.name, a.bytes, source_of(code).c_str());
+            const ptrdiff_t first = at - a.begin;
+            fail("%s bytes %td to %td of an %s of %zu bytes, at %s", write ? "writes" : "reads", first,
+                 first + (ptrdiff_t) size - 1, a.name, a.bytes, source_of(code).c_str());
         }
         if (a.writable) {
             const uint8_t * from = std::max<const uint8_t *>(at, a.begin), * to = std::min(at + size, end);
@@ -566,9 +593,10 @@ void require_alignment(const void * address, size_t size, const void * code) {
 
 void access_atomic(const void * address, size_t size) {
     for (array & a : arrays) {
-        if (checked && running && (const uint8_t *) address >= a.begin && (const uint8_t *) address + size <= a.begin + a.bytes) {
+        const uint8_t * at = (const uint8_t *) address;
+        if (checked && running && at >= a.begin && at + size <= a.begin + a.bytes) {
             for (size_t i = 0; i < size; ++i) {
-                a.states[(size_t) ((const uint8_t *) address - a.begin) + i].written = true;
+                a.states[(size_t) (at - a.begin) + i].written = true;
             }
         }
     }
@@ -584,7 +612,7 @@ memory::memory(size_t bytes, size_t alignment, bool writable, const char * name)
     handle_faults();
     const size_t page = page_bytes(), inner = (bytes + alignment + page - 1)/page*page;
     mapped = inner + 2*page;
-    pages  = (uint8_t *) mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    pages  = map_pages(mapped);
     mprotect(pages, page, PROT_NONE);
     mprotect(pages + page + inner, page, PROT_NONE);
     // the last place with this alignment, and with no better one
@@ -594,7 +622,8 @@ memory::memory(size_t bytes, size_t alignment, bool writable, const char * name)
         begin -= alignment;
     }
     memset(pages + page, poison, inner);
-    arrays.push_back({ pages, pages + mapped, begin, bytes, name, writable, std::vector<byte_state>(checked && writable ? bytes : 0) });
+    std::vector<byte_state> states(checked && writable ? bytes : 0);
+    arrays.push_back({ pages, pages + mapped, begin, bytes, name, writable, std::move(states) });
     if (!writable) {
         mprotect(pages + page, inner, PROT_READ);
     }

@@ -1,8 +1,8 @@
 #pragma once
 
-// Runs a kernel of a GPU on the CPU, for tests: every thread of a block is a fiber, the threads of a block take turns in
-// a chosen order, and what they do together (barriers, shuffles) is a meeting of the threads concerned. README.md says
-// how to use it. This file knows no language of kernels; cuda.h beside it is the dialect of CUDA.
+// Runs a kernel of a GPU on the CPU, for tests: every thread of a block is a fiber, the threads of a block take turns
+// in a chosen order, and what they do together (barriers, shuffles) is a meeting of the threads concerned. README.md
+// says how to use it. This file knows no language of kernels; cuda.h beside it is the dialect of CUDA.
 
 #include <cstddef>
 #include <cstdint>
@@ -23,7 +23,9 @@ struct dim3 {
 struct place {
     const char * file;
     unsigned     line;
-    static constexpr place here(const char * file = __builtin_FILE(), unsigned line = __builtin_LINE()) { return { file, line }; }
+    static constexpr place here(const char * file = __builtin_FILE(), unsigned line = __builtin_LINE()) {
+        return { file, line };
+    }
 };
 
 // ---- running ----
@@ -54,9 +56,9 @@ inline constexpr unsigned group_size = 32; // threads of a warp or SIMD group
 
 inline constexpr size_t most_given = 256; // bytes that a thread can give
 
-// The threads of the running one's group that `mask` names wait for each other. Each gives `size` bytes; returns those of
-// lane i at i*most_given, valid until its next meeting with the same mask. ordered: memory accesses before the meeting
-// are before those after it, for all of them.
+// The threads of the running one's group that `mask` names wait for each other. Each gives `size` bytes; returns those
+// of lane i at i*most_given, valid until its next meeting with the same mask. ordered: memory accesses before the
+// meeting are before those after it, for all of them.
 const uint8_t * meet(uint64_t mask, const void * given, size_t size, bool ordered, place where);
 
 // All threads of the block that have not ended; always ordered.
@@ -104,8 +106,11 @@ class memory {
 // An array that kernels read. alignment: in bytes, of its first element and no better than that.
 template<typename T> class input {
   public:
-    input(const T * from, size_t n, size_t alignment = alignof(T)) : store(n*sizeof(T), alignment, false, "input") { store.fill(from); }
-    explicit input(const std::vector<T> & from, size_t alignment = alignof(T)) : input(from.data(), from.size(), alignment) {}
+    input(const T * from, size_t n, size_t alignment = alignof(T)) : store(n*sizeof(T), alignment, false, "input") {
+        store.fill(from);
+    }
+    explicit input(const std::vector<T> & from, size_t alignment = alignof(T))
+        : input(from.data(), from.size(), alignment) {}
     const T * data() const { return (const T *) store.data(); }
     operator const T *() const { return data(); }
 
@@ -117,7 +122,9 @@ template<typename T> class input {
 template<typename T> class output {
   public:
     explicit output(size_t n, size_t alignment = alignof(T)) : store(n*sizeof(T), alignment, true, "output") {}
-    explicit output(const std::vector<T> & from, size_t alignment = alignof(T)) : output(from.size(), alignment) { store.fill(from.data()); }
+    explicit output(const std::vector<T> & from, size_t alignment = alignof(T)) : output(from.size(), alignment) {
+        store.fill(from.data());
+    }
     T * data() const { return (T *) store.data(); }
     operator T *() const { return data(); }
     size_t size() const { return store.size()/sizeof(T); }

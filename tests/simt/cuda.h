@@ -65,7 +65,8 @@ template<typename T> T __shfl_xor_sync(unsigned mask, T value, int bits, int wid
     return simt::shuffle(mask, value, from < simt::segment(width) + (unsigned) width ? from : simt::lane(), where);
 }
 template<typename T> T __shfl_up_sync(unsigned mask, T value, unsigned by, int width = 32, SIMT_WHERE) {
-    return simt::shuffle(mask, value, simt::lane() >= simt::segment(width) + by ? simt::lane() - by : simt::lane(), where);
+    const unsigned lane = simt::lane();
+    return simt::shuffle(mask, value, lane >= simt::segment(width) + by ? lane - by : lane, where);
 }
 template<typename T> T __shfl_down_sync(unsigned mask, T value, unsigned by, int width = 32, SIMT_WHERE) {
     const unsigned from = simt::lane() + by;
@@ -80,7 +81,9 @@ inline unsigned __ballot_sync(unsigned mask, int predicate, SIMT_WHERE) {
     return bits;
 }
 inline int __any_sync(unsigned mask, int predicate, SIMT_WHERE) { return __ballot_sync(mask, predicate, where) != 0; }
-inline int __all_sync(unsigned mask, int predicate, SIMT_WHERE) { return __ballot_sync(mask, predicate, where) == mask; }
+inline int __all_sync(unsigned mask, int predicate, SIMT_WHERE) {
+    return __ballot_sync(mask, predicate, where) == mask;
+}
 template<typename T, typename F> T simt_reduce(unsigned mask, T value, F f, simt::place where) {
     const simt::given<T> all = simt::meet(mask, value, where);
     const unsigned       first = (unsigned) __builtin_ctz(mask);
@@ -246,7 +249,8 @@ inline half2  __hadd2(half2 a, half2 b)   { return { __hadd(a.x, b.x), __hadd(a.
 inline half2  __hsub2(half2 a, half2 b)   { return { __hsub(a.x, b.x), __hsub(a.y, b.y) }; }
 inline half2  __hmul2(half2 a, half2 b)   { return { __hmul(a.x, b.x), __hmul(a.y, b.y) }; }
 inline half2  __hfma2(half2 a, half2 b, half2 c) { return { __hfma(a.x, b.x, c.x), __hfma(a.y, b.y, c.y) }; }
-inline half2  __hmax2(half2 a, half2 b)   { return { (float) a.x < (float) b.x ? b.x : a.x, (float) a.y < (float) b.y ? b.y : a.y }; }
+inline half   __hmax(half a, half b)      { return a.value < b.value ? b : a; }
+inline half2  __hmax2(half2 a, half2 b)   { return { __hmax(a.x, b.x), __hmax(a.y, b.y) }; }
 
 inline float  __bfloat162float(nv_bfloat16 h)  { return (float) h; }
 inline nv_bfloat16 __float2bfloat16(float f)   { return nv_bfloat16(f); }

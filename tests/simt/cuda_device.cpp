@@ -43,7 +43,8 @@ static const std::map<std::string, run> kernels = table<TURBO_TYPES(KERNELS) tur
 
 static std::map<std::string, int> launches;
 
-bool simt_run(const std::string & name, const unsigned (&grid)[3], const unsigned (&block)[3], size_t shared, void ** arguments) {
+bool simt_run(const std::string & name, const unsigned (&grid)[3], const unsigned (&block)[3], size_t shared,
+              void ** arguments) {
     const auto found = kernels.find(name);
     if (found == kernels.end()) {
         return false;

@@ -1,5 +1,5 @@
-// Stands in for the CUDA run time under objects that nvcc has made, so that llama.cpp's own CUDA back end runs with kernels
-// in the emulator: one device, whose memory is the host's; everything is done when it is asked for.
+// Stands in for the CUDA run time under objects that nvcc has made, so that llama.cpp's own CUDA back end runs with
+// kernels in the emulator: one device, whose memory is the host's; everything is done when it is asked for.
 
 #include <cuda_runtime_api.h>
 
@@ -12,7 +12,8 @@
 #include <string>
 
 // cuda_device.cpp: runs a kernel that is called so, or returns false.
-bool simt_run(const std::string & name, const unsigned (&grid)[3], const unsigned (&block)[3], size_t shared, void ** arguments);
+bool simt_run(const std::string & name, const unsigned (&grid)[3], const unsigned (&block)[3], size_t shared,
+              void ** arguments);
 
 namespace {
 
@@ -52,7 +53,8 @@ void ** __cudaRegisterFatBinary(void *)     { static void * handle; return &hand
 void    __cudaRegisterFatBinaryEnd(void **) {}
 void    __cudaUnregisterFatBinary(void **)  {}
 void    __cudaRegisterVar(void **, char *, char *, const char *, int, size_t, int, int) {}
-void    __cudaRegisterFunction(void **, const char * host, char *, const char * name, int, void *, void *, void *, void *, int *) {
+void    __cudaRegisterFunction(void **, const char * host, char *, const char * name, int, void *, void *, void *,
+                               void *, int *) {
     kernels()[host] = short_name(name);
 }
 unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared, void *) {
@@ -70,7 +72,8 @@ cudaError_t __cudaGetKernel(cudaKernel_t * kernel, const void * host) {
     *kernel = (cudaKernel_t) host;
     return cudaSuccess;
 }
-cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void ** arguments, size_t shared, cudaStream_t) {
+cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void ** arguments, size_t shared,
+                               cudaStream_t) {
     const std::string & name = kernels()[(const void *) kernel];
     if (!simt_run(name, { grid.x, grid.y, grid.z }, { block.x, block.y, block.z }, shared, arguments)) {
         fprintf(stderr, "simt: %s is launched, and cuda_device.cpp does not have it\n", name.c_str());
@@ -89,7 +92,10 @@ cudaError_t cudaDeviceSynchronize()                     { return cudaSuccess; }
 cudaError_t cudaDeviceCanAccessPeer(int * can, int, int) { *can = 0; return cudaSuccess; }
 cudaError_t cudaDeviceEnablePeerAccess(int, unsigned)   { return cudaSuccess; }
 cudaError_t cudaDeviceGetAttribute(int * value, cudaDeviceAttr, int) { *value = 0; return cudaSuccess; }
-cudaError_t cudaDeviceGetPCIBusId(char * id, int bytes, int) { snprintf(id, (size_t) bytes, "0000:00:00.0"); return cudaSuccess; }
+cudaError_t cudaDeviceGetPCIBusId(char * id, int bytes, int) {
+    snprintf(id, (size_t) bytes, "0000:00:00.0");
+    return cudaSuccess;
+}
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp * p, int) {
     *p = {};
     snprintf(p->name, sizeof(p->name), "emulator");
@@ -117,7 +123,10 @@ cudaError_t cudaFree(void * p)                          { free(p); return cudaSu
 cudaError_t cudaFreeHost(void * p)                      { free(p); return cudaSuccess; }
 cudaError_t cudaHostRegister(void *, size_t, unsigned)  { return cudaSuccess; }
 cudaError_t cudaHostUnregister(void *)                  { return cudaSuccess; }
-cudaError_t cudaMemGetInfo(size_t * available, size_t * total) { *available = *total = (size_t) 8 << 30; return cudaSuccess; }
+cudaError_t cudaMemGetInfo(size_t * available, size_t * total) {
+    *available = *total = (size_t) 8 << 30;
+    return cudaSuccess;
+}
 cudaError_t cudaMemset(void * p, int value, size_t n)   { memset(p, value, n); return cudaSuccess; }
 cudaError_t cudaMemsetAsync(void * p, int value, size_t n, cudaStream_t) { memset(p, value, n); return cudaSuccess; }
 cudaError_t cudaMemcpyAsync(void * to, const void * from, size_t n, cudaMemcpyKind, cudaStream_t) {
@@ -128,8 +137,8 @@ cudaError_t cudaMemcpyPeerAsync(void * to, int, const void * from, int, size_t n
     memmove(to, from, n);
     return cudaSuccess;
 }
-cudaError_t cudaMemcpy2DAsync(void * to, size_t to_pitch, const void * from, size_t from_pitch, size_t width, size_t height,
-                              cudaMemcpyKind, cudaStream_t) {
+cudaError_t cudaMemcpy2DAsync(void * to, size_t to_pitch, const void * from, size_t from_pitch, size_t width,
+                              size_t height, cudaMemcpyKind, cudaStream_t) {
     for (size_t i = 0; i < height; ++i) {
         memmove((char *) to + i*to_pitch, (const char *) from + i*from_pitch, width);
     }
