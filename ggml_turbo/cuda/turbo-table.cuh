@@ -27,11 +27,17 @@ template<int K, typename T> static __device__ __forceinline__ void turbo_fill_ta
 
 #define TURBO_BANKED_TABLE_WORDS (TURBO_STATES*32)
 
-// The entry of state s as half, in both halves of word 32*s + lane.
-template<int K> static __device__ __forceinline__ void turbo_fill_banked_table(uint32_t * table) {
+// Of state s, in word 32*s + lane: the entry of LOW as half below, that of HIGH above. 0: of no type, a half of zero.
+template<int LOW, int HIGH> static __device__ __forceinline__ void turbo_fill_banked_table(uint32_t * table) {
     for (int i = turbo_thread(); i < TURBO_BANKED_TABLE_WORDS; i += turbo_threads()) {
-        const uint32_t bits = __half_as_ushort(__float2half((float) turbo_tables<K>::codebook()[i/32]));
-        table[i] = bits | bits << 16;
+        uint32_t bits = 0;
+        if constexpr (LOW != 0) {
+            bits |= __half_as_ushort(__float2half((float) turbo_tables<LOW>::codebook()[i/32]));
+        }
+        if constexpr (HIGH != 0) {
+            bits |= (uint32_t) __half_as_ushort(__float2half((float) turbo_tables<HIGH>::codebook()[i/32])) << 16;
+        }
+        table[i] = bits;
     }
 }
 
