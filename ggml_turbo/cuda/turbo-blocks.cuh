@@ -67,25 +67,10 @@ template<int K> static __device__ __forceinline__ float turbo_load_scale(const u
     return turbo_block_scale<K>(*(const uint16_t *) block);
 }
 
-// ---- eight values ----
+// ---- one value ----
 
-// The bits of values 8*g .. 8*g + 7, g < 8, of a block, for turbo_eighth_state. Loads pairs of bytes that lie in the block.
-template<int K> static __device__ __forceinline__ uint64_t turbo_load_eighth(const uint8_t * block, int g) {
-    const int        first  = TURBO_STATE_BIT(K, 8*g)/8, odd = first & 1;
-    const uint16_t * halves = (const uint16_t *) (block + (first - odd));
-    constexpr int    n      = (K + 3)/2; // for K + 1 bytes, from an odd one on or not
-    uint64_t         bits   = 0;
-#pragma unroll
-    for (int i = 0; i < n; ++i) {
-        if (i < n - 1 || first - odd + 2*i < TURBO_BLOCK_BYTES(K)) {
-            bits |= (uint64_t) halves[i] << 16*i;
-        }
-    }
-    return bits >> 8*odd;
-}
-
-// The state of value 8*g + j from turbo_load_eighth.
-template<int K> static __device__ __forceinline__ int turbo_eighth_state(uint64_t bits, int j) {
-    constexpr int begin = TURBO_STATE_BIT(K, 0) % 8; // the same for every eighth: 8*K bits are whole bytes
-    return (int) (bits >> (begin + K*j)) & (TURBO_STATES - 1);
+template<int K> static __device__ __forceinline__ int turbo_load_state(const uint8_t * block, int i) {
+    const int byte = TURBO_STATE_BIT(K, i)/8;
+    const int next = byte + 1 < TURBO_BLOCK_BYTES(K) ? block[byte + 1] : 0;
+    return turbo_state(K, i, (uint32_t) (block[byte] | next << 8));
 }

@@ -13,7 +13,7 @@ struct turbo_tensor {
     int64_t nb[4]; // bytes; the first from unit to unit
 };
 
-// Types of values that are not ours.
+// Types of values.
 enum turbo_float { TURBO_F32, TURBO_F16, TURBO_BF16 };
 
 // Which rows of a tensor are meant: SET_ROWS and GET_ROWS have indices of 4 or 8 bytes; without data, all rows in order.
@@ -54,4 +54,23 @@ static __device__ __forceinline__ float turbo_load_float(turbo_float type, const
         case TURBO_BF16: return __uint_as_float((uint32_t) ((const uint16_t *) p)[i] << 16);
         default:         return ((const float *) p)[i];
     }
+}
+
+template<typename T> static __device__ __forceinline__ T turbo_to(float x);
+template<> __device__ __forceinline__ float       turbo_to<float>(float x)       { return x; }
+template<> __device__ __forceinline__ half        turbo_to<half>(float x)        { return __float2half(x); }
+template<> __device__ __forceinline__ nv_bfloat16 turbo_to<nv_bfloat16>(float x) { return __float2bfloat16(x); }
+
+// ---- on the host ----
+
+// shared: bytes of dynamic shared memory.
+template<typename... Parameters, typename... Arguments>
+static void turbo_launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream, Arguments... arguments) {
+#if defined(SIMT)
+    (void) stream;
+    simt::launch(grid, block, shared, [=] { kernel(arguments...); });
+#else
+    kernel<<<grid, block, shared, stream>>>(arguments...);
+    CUDA_CHECK(cudaGetLastError());
+#endif
 }

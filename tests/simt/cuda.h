@@ -9,6 +9,8 @@
 #include <cfloat>
 #include <climits>
 
+#define SIMT // for sources that are also compiled for devices
+
 // ---- the language ----
 
 #define __global__

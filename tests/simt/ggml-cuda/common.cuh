@@ -7,3 +7,10 @@
 #define WARP_SIZE 32
 
 static inline void ggml_cuda_pdl_sync() {}
+
+using cudaStream_t = void *;
+
+struct ggml_backend_cuda_context {
+    int device = 0;
+    cudaStream_t stream() { return nullptr; }
+};
