@@ -80,7 +80,7 @@ class Case:
     window: tuple[int, int, int] | None = None  # slots, tokens of the batch, tiles
     schedule: int = 0
     multiprocessors: int = 4
-    shared: tuple[int, int] = (102400, 101376)  # of a multiprocessor and of a block
+    shared: tuple[int, int] = (101376, 0)  # memory: bytes of a block, and where they begin
     late: int = 0
 
     @property

@@ -17,7 +17,6 @@
 #include <cfloat>
 
 #define TURBO_TILE_ROWS 16
-#define TURBO_TILE_KEYS 16
 
 #define TURBO_MASKED 0xfc00u // minus infinity as a half
 
@@ -31,10 +30,10 @@ struct turbo_attention_source {
 };
 
 struct turbo_attention_mask { // halves
-    const char * data;                // null: every query sees every key
-    int64_t      query, head, stream; // strides, in bytes
-    int          heads, streams;      // it repeats after as many
-    bool         aligned;             // those of two neighbours are a word
+    const uint16_t * data;         // null: every query sees every key
+    uint32_t query, head, stream;  // strides, in halves
+    int      heads, streams;       // it repeats after as many
+    bool     aligned;              // those of two neighbours are a word
 };
 
 // Some of the keys of an operator: those of a cache, of the recent window's ring or of the batch.
@@ -115,13 +114,20 @@ struct turbo_row {
         return ((int64_t) stream*op.n_kv_heads + kv_head)*op.n_rows() + index;
     }
 
-    __device__ __forceinline__ const char * mask(const turbo_attention_mask & m) const {
-        return m.data + query*m.query + head % m.heads*m.head + stream % m.streams*m.stream;
+    // Where the row's part of a mask begins, in halves.
+    __device__ __forceinline__ uint32_t mask(const turbo_attention_mask & m) const {
+        return query*m.query + head % m.heads*m.head + stream % m.streams*m.stream;
     }
 
     __device__ __forceinline__ float * dst(const turbo_attention_op & op) const {
         return op.dst + head*op.dst_head + query*op.dst_query + stream*op.dst_stream;
     }
+};
+
+// What a warp multiplies a row's products and its mask with, and where the mask is. In shared memory: registers are few.
+struct turbo_row_factors {
+    float    product, slope;
+    uint32_t mask;
 };
 
 // What a row's sums are divided by, with its attention sink: one more key without a value.
@@ -147,24 +153,37 @@ template<int K, int V, int CHUNKS> struct turbo_attention {
     static constexpr int  result_words = 32*(32*CHUNKS + 4); // a warp's result, as it hands it to another
     static constexpr int  padding      = 4;                  // words are loaded that no value needs
 
-    // Words of shared memory for so many warps, of which `slices` share keys.
-    static __host__ __device__ int shared_words(int warps, int slices) {
-        const int table_and_stages = table_words + 2*warps*stage_words + padding, exchange = slices > 1 ? slices*32*8 : 0;
-        const int results = slices > 1 ? 0 : warps/2*result_words;
-        return table_and_stages + exchange > results ? table_and_stages + exchange : results;
+    static constexpr int  row_words    = TURBO_TILE_ROWS*sizeof(turbo_row_factors)/4;
+    static constexpr int  warp_words   = row_words + 2*stage_words;
+
+    // Shared memory, in words: before the table there is room for what some warps have of their own, that of the others is
+    // behind it. Then there is the memory by which warps exchange scores. In the end, results take the place of all that.
+    static __host__ __device__ __forceinline__ int memory_of(int warp, int before) {
+        const int first = before/warp_words;
+        return warp < first ? warp*warp_words : before + table_words + (warp - first)*warp_words;
+    }
+    static __host__ __device__ __forceinline__ int exchange(int warps, int before) {
+        const int behind = before + table_words, end = memory_of(warps, before);
+        return (end > behind ? end : behind) + padding;
+    }
+
+    // How many there are for so many warps, of which `slices` share keys.
+    static int shared_words(int warps, int slices, uint32_t begin) {
+        const int before = table_words ? turbo_words_before_table(begin) : 0;
+        const int used = exchange(warps, before) + (slices > 1 ? slices*32*8 : 0), results = slices > 1 ? 0 : warps/2*result_words;
+        return used > results ? used : results;
     }
 
     const turbo_attention_op &   op;
     const turbo_attention_part & part;
-    uint32_t * const shared;
+    uint32_t * const shared, * own;    // own: of this warp
     const int  lane, g, t, warp, warps;
     const int  slices, slice;          // the warps that share keys, and which this one is
     const int  range;                  // of all
     const bool has_keys, has_values;   // its chunk is one of the head's
+    const turbo_banked_table table;
 
     uint32_t query[4*CHUNKS][4];
-    float    query_unit[2];            // of rows g and g + 8: what their products are multiplied with
-    float    slope[2];
     uint32_t mask[2][2], ahead[2][2];  // of rows g and g + 8, keys 2t, 2t + 1 and 2t + 8, 2t + 9; of the next tile
     float    score[2][4];              // as C of turbo-mma.cuh, of keys 0 to 7 and 8 to 15
     float    reference[2], total[2];   // total: of this lane's keys
@@ -175,10 +194,15 @@ template<int K, int V, int CHUNKS> struct turbo_attention {
         : op(op), part(part), shared(shared), lane(threadIdx.x % 32), g(lane/4), t(lane % 4), warp(threadIdx.x/32),
           warps(blockDim.x/32), slices(sliced ? (max(op.size_k, op.size_v) + QK_TURBO - 1)/QK_TURBO : 1),
           slice(slices > 1 ? warp : 0), range(range), has_keys(!sliced || QK_TURBO*slice < op.size_k),
-          has_values(!sliced || QK_TURBO*slice < op.size_v) {}
+          has_values(!sliced || QK_TURBO*slice < op.size_v), table(shared + before_table(), lane) {
+        own = shared + memory_of(warp, before_table());
+    }
 
-    __device__ __forceinline__ const uint32_t * table() const { return shared + lane; }
-    __device__ __forceinline__ uint32_t * stage(int i) const { return shared + table_words + (2*warp + i)*stage_words; }
+    __device__ __forceinline__ int before_table() const { return table_words ? turbo_words_before_table(turbo_shared_begin(shared)) : 0; }
+    __device__ __forceinline__ uint32_t * stage(int i) const { return own + row_words + i*stage_words; }
+
+    // Of rows g and g + 8.
+    __device__ __forceinline__ turbo_row_factors & row_factors(int r) const { return ((turbo_row_factors *) own)[g + 8*r]; }
 
     // ---- rows ----
 
@@ -200,8 +224,10 @@ template<int K, int V, int CHUNKS> struct turbo_attention {
             largest = fmaxf(largest, __shfl_xor_sync(TURBO_FULL_WARP, largest, 1, 32));
             largest = fmaxf(largest, __shfl_xor_sync(TURBO_FULL_WARP, largest, 2, 32));
             const turbo_unit unit = turbo_unit_of(largest);
-            query_unit[r] = unit.value*factor;
-            slope[r]      = turbo_slope(rows[r].head, op.n_heads, op.max_bias)*turbo_log2e;
+            if (t == 0) {
+                row_factors(r) = { unit.value*factor, turbo_slope(rows[r].head, op.n_heads, op.max_bias)*turbo_log2e,
+                                   rows[r].mask(part.mask) };
+            }
 #pragma unroll
             for (int i = 0; i < 4*CHUNKS; ++i) {
                 const float * x = q + i/4*QK_TURBO + i % 4*4;
@@ -221,24 +247,26 @@ template<int K, int V, int CHUNKS> struct turbo_attention {
     // ---- masks ----
 
     // Of two keys of which `there` are there.
-    static __device__ __forceinline__ uint32_t load_pair(const turbo_attention_mask & m, const char * row, int key, int there) {
-        const uint32_t first  = there < 1 ? TURBO_MASKED : m.data ? turbo_half_word(row + 2*key) : 0;
-        const uint32_t second = there < 2 ? TURBO_MASKED : m.data ? turbo_half_word(row + 2*key + 2) : 0;
+    static __device__ __forceinline__ uint32_t load_pair(const uint16_t * mask, uint32_t first_key, int there) {
+        const uint32_t first  = there < 1 ? TURBO_MASKED : mask ? mask[first_key] : 0;
+        const uint32_t second = there < 2 ? TURBO_MASKED : mask ? mask[first_key + 1] : 0;
         return first | second << 16;
     }
 
     // Into `ahead`: of the tile from key0 on; keys from `end` on are hidden.
-    __device__ __forceinline__ void load_mask(const char * const (&mask_rows)[2], int key0, int end) {
+    __device__ __forceinline__ void load_mask(int key0, int end) {
         if (key0 + TURBO_TILE_KEYS <= end && (part.mask.aligned || !part.mask.data)) {
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                ahead[i/2][i % 2] = part.mask.data ? *(const uint32_t *) (mask_rows[i/2] + 2*(key0 + 8*(i % 2) + 2*t)) : 0;
+            for (int r = 0; r < 2; ++r) {
+                const uint32_t * words = (const uint32_t *) (part.mask.data + (row_factors(r).mask + key0 + 2*t));
+                ahead[r][0] = part.mask.data ? words[0] : 0;
+                ahead[r][1] = part.mask.data ? words[4] : 0;
             }
         } else {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const int key = key0 + 8*(i % 2) + 2*t;
-                ahead[i/2][i % 2] = load_pair(part.mask, mask_rows[i/2], key, end - key);
+                ahead[i/2][i % 2] = load_pair(part.mask.data, row_factors(i/2).mask + key, end - key);
             }
         }
     }
@@ -260,7 +288,7 @@ template<int K, int V, int CHUNKS> struct turbo_attention {
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
             const int r = i/4, c = i % 4;
-            if (column[c] >= 0 && turbo_half_word(rows[r].mask(part.window) + 2*column[c]) != TURBO_MASKED) {
+            if (column[c] >= 0 && part.window.data[rows[r].mask(part.window) + column[c]] != TURBO_MASKED) {
                 const uint32_t keep = c % 2 ? 0x0000ffffu : 0xffff0000u;
                 mask[r][c/2] = (mask[r][c/2] & keep) | (TURBO_MASKED << 16 & ~keep) | (TURBO_MASKED & ~keep);
             }
@@ -300,7 +328,7 @@ template<int K, int V, int CHUNKS> struct turbo_attention {
             if constexpr (K != 0) {
                 uint32_t u[16];
                 const uint32_t * rows = staged + 8*n*keys::words;
-                keys::template entries<chunk>(rows + g*keys::words, table(), t, odd[g % 2], u);
+                keys::template entries<chunk>(rows + g*keys::words, table, t, g % 2 ? odd[1] : odd[0], u);
 #pragma unroll
                 for (int i = 0; i < 8; ++i) {
                     b[i] = __byte_perm(u[2*i], u[2*i + 1], 0x5410);
@@ -331,7 +359,7 @@ template<int K, int V, int CHUNKS> struct turbo_attention {
 
     // Adds up the slices' scores.
     __device__ __forceinline__ void exchange_scores() {
-        float4 * memory = (float4 *) (shared + (table_words + 2*warps*stage_words + padding));
+        float4 * memory = (float4 *) (shared + exchange(warps, before_table()));
         __syncthreads(); // all have read those of the tile before
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
@@ -374,6 +402,7 @@ template<int K, int V, int CHUNKS> struct turbo_attention {
 
     // Scale, cap, mask.
     __device__ __forceinline__ void finish_scores() {
+        const float slope[2] = { row_factors(0).slope, row_factors(1).slope };
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
             float & s = score[i/4][i % 4];
@@ -464,37 +493,33 @@ template<int K, int V, int CHUNKS> struct turbo_attention {
         }
     }
 
-    template<int chunk>
-    __device__ __forceinline__ void add_chunk(const float (&scale)[4], const uint32_t (&b)[8][2]) {
-        uint32_t a[4];
+    // Weights times scales, as A of turbo-mma.cuh; from here on neither is needed by itself.
+    __device__ __forceinline__ void pack_weights(const float (&scale)[CHUNKS][4], uint32_t (&a)[CHUNKS][4]) {
+        fit_unit(scale);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const int key = i/2*2, r = i % 2; // of the four that this lane has, in the order of A
-            a[i] = turbo_pack_halves(weight(key, r)*(scale[key]*inverse_unit), weight(key + 1, r)*(scale[key + 1]*inverse_unit));
-        }
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-            turbo_mma(out[chunk][j], a, b[j][0], b[j][1]);
+        for (int i = 0; i < 4*CHUNKS; ++i) {
+            const int c = i/4, key = i % 4/2*2, r = i % 2; // key: of the four that this lane has
+            a[c][i % 4] = turbo_pack_halves(weight(key,     r)*(scale[c][key]*inverse_unit),
+                                            weight(key + 1, r)*(scale[c][key + 1]*inverse_unit));
         }
     }
 
     __device__ __forceinline__ void add_staged_values(const uint32_t * staged, const int (&odd)[2]) {
-        float scale[CHUNKS][4];
+        float    scale[CHUNKS][4];
+        uint32_t a[CHUNKS][4];
         turbo_each<CHUNKS>([&](auto chunk) { load_scales<decltype(chunk)::value>(staged, odd, scale[chunk]); });
-        fit_unit(scale);
+        pack_weights(scale, a);
         turbo_each<CHUNKS>([&](auto chunk) {
-            uint32_t u[4][8], b[8][2];
+            uint32_t u[4][8];
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const uint32_t * row = staged + (i/2*8 + i % 2 + 2*t)*values::words;
-                values::template entries<decltype(chunk)::value>(row, table(), g, odd[i % 2], u[i]);
+                values::template entries<decltype(chunk)::value>(row, table, g, odd[i % 2], u[i]);
             }
 #pragma unroll
             for (int j = 0; j < 8; ++j) {
-                b[j][0] = __byte_perm(u[0][j], u[1][j], 0x7632);
-                b[j][1] = __byte_perm(u[2][j], u[3][j], 0x7632);
+                turbo_mma(out[chunk][j], a[chunk], __byte_perm(u[0][j], u[1][j], 0x7632), __byte_perm(u[2][j], u[3][j], 0x7632));
             }
-            add_chunk<decltype(chunk)::value>(scale[chunk], b);
         });
     }
 
@@ -512,25 +537,21 @@ template<int K, int V, int CHUNKS> struct turbo_attention {
                 halves[c][n][j] = sees >> n & 1 ? halves[c][n][j] : 0;
             }
         }
-        fit_unit(scale);
-        turbo_each<CHUNKS>([&](auto chunk) {
-            const auto & h = halves[chunk];
-            uint32_t b[8][2];
+        uint32_t a[CHUNKS][4];
+        pack_weights(scale, a);
 #pragma unroll
-            for (int j = 0; j < 8; ++j) {
-                const unsigned which = j % 2 ? 0x7632 : 0x5410;
-                b[j][0] = __byte_perm(h[0][j/2], h[1][j/2], which);
-                b[j][1] = __byte_perm(h[2][j/2], h[3][j/2], which);
-            }
-            add_chunk<decltype(chunk)::value>(scale[chunk], b);
-        });
+        for (int i = 0; i < 8*CHUNKS; ++i) {
+            const auto & h = halves[i/8];
+            const int j = i % 8, which = j % 2 ? 0x7632 : 0x5410;
+            turbo_mma(out[i/8][j], a[i/8], __byte_perm(h[0][j/2], h[1][j/2], which), __byte_perm(h[2][j/2], h[3][j/2], which));
+        }
     }
 
     // ---- all of it ----
 
     __device__ __forceinline__ void run(int kv_head, int stream, const turbo_row (&rows)[2], int begin, int end) {
         if constexpr (table_words > 0) {
-            turbo_fill_banked_table<K, V>(shared);
+            turbo_fill_banked_table<K, V>(shared + before_table());
         }
         load_queries(rows);
         __syncthreads();
@@ -553,22 +574,21 @@ template<int K, int V, int CHUNKS> struct turbo_attention {
         const auto copy = [&](int key0, int i) {
             if constexpr (K != 0) {
                 if (has_keys) {
-                    keys::copy(stage(i), k + key0*part.k.key, part.k.key, end - key0, lane);
+                    keys::copy(stage(i), k + begin*part.k.key, (uint32_t) part.k.key, key0 - begin, end - key0, lane);
                 }
             }
             if constexpr (V != 0) {
                 if (has_values) {
-                    values::copy(stage(i) + key_words, v + key0*part.v.key, part.v.key, end - key0, lane);
+                    values::copy(stage(i) + key_words, v + begin*part.v.key, (uint32_t) part.v.key, key0 - begin, end - key0, lane);
                 }
             }
         };
-        const char * const mask_rows[2] = { rows[0].mask(part.mask), rows[1].mask(part.mask) };
 
         const int own = slices > 1 ? 0 : warp, step = TURBO_TILE_KEYS*(slices > 1 ? 1 : warps);
         int  key0 = begin + TURBO_TILE_KEYS*own, current = 0;
         if (key0 < end) {
             copy(key0, 0);
-            load_mask(mask_rows, key0, end);
+            load_mask(key0, end);
         }
         turbo_commit_copies();
         for (; key0 < end; key0 += step, current ^= 1) {
@@ -579,7 +599,7 @@ template<int K, int V, int CHUNKS> struct turbo_attention {
             }
             if (next < end) {
                 copy(next, current ^ 1);
-                load_mask(mask_rows, next, end);
+                load_mask(next, end);
             }
             turbo_commit_copies();
             if (part.columns) {
@@ -596,9 +616,10 @@ template<int K, int V, int CHUNKS> struct turbo_attention {
                         score[i/4][i % 4] = 0.0f;
                     }
                 }
+                const float product[2] = { row_factors(0).product, row_factors(1).product };
 #pragma unroll
                 for (int i = 0; i < 8; ++i) {
-                    score[i/4][i % 4] *= query_unit[i/2 % 2];
+                    score[i/4][i % 4] *= product[i/2 % 2];
                 }
                 if (sliced && slices > 1) {
                     exchange_scores();

@@ -12,9 +12,9 @@
 
 // What of a device decides.
 struct turbo_device {
-    int multiprocessors;
-    int shared_bytes;       // of a multiprocessor
-    int shared_block_bytes; // of a block of threads at most
+    int      multiprocessors;
+    int      shared_bytes; // of shared memory that a block of threads can have; a multiprocessor has hardly more
+    uint32_t shared_begin; // where it begins in its address space
 };
 
 struct turbo_attention_launch {
@@ -22,7 +22,7 @@ struct turbo_attention_launch {
     int    k, v;   // bits of the types of keys and values, 0 for stock types
     int    chunks; // that a warp has of a head
     int    blocks, threads;
-    size_t shared_bytes;
+    int    shared_bytes;
 };
 
 struct turbo_attention_plan {
@@ -83,8 +83,8 @@ static inline turbo_attention_mask turbo_mask_of(const ggml_tensor * t, int64_t 
     if (!t) {
         return { nullptr, 0, 0, 0, 1, 1, true };
     }
-    const char * data = (const char *) t->data + column*sizeof(ggml_fp16_t);
-    return { data, (int64_t) t->nb[1], (int64_t) t->nb[2], (int64_t) t->nb[3], (int) t->ne[2], (int) t->ne[3],
+    const uint16_t * data = (const uint16_t *) t->data + column;
+    return { data, (uint32_t) (t->nb[1]/2), (uint32_t) (t->nb[2]/2), (uint32_t) (t->nb[3]/2), (int) t->ne[2], (int) t->ne[3],
              turbo_is_aligned(data, t->nb[1], t->nb[2], t->nb[3]) };
 }
 
@@ -111,10 +111,16 @@ struct turbo_attention_tensors {
 
 // ---- what is supported ----
 
-static inline size_t turbo_shared_bytes(const turbo_attention_launch & launch, int warps, int slices) {
-    size_t bytes = 0;
+// How far its memory reaches, in bytes.
+static inline uint64_t turbo_extent(const ggml_tensor * t) {
+    return t->ne[1]*t->nb[1] + t->ne[2]*t->nb[2] + t->ne[3]*t->nb[3];
+}
+
+static inline int turbo_shared_bytes(const turbo_attention_launch & launch, int warps, int slices, const turbo_device & device) {
+    int bytes = 0;
     turbo_with_kernel(launch, [&](auto k, auto v, auto chunks) {
-        bytes = 4*turbo_attention<decltype(k)::value, decltype(v)::value, decltype(chunks)::value>::shared_words(warps, slices);
+        using kernel = turbo_attention<decltype(k)::value, decltype(v)::value, decltype(chunks)::value>;
+        bytes = 4*kernel::shared_words(warps, slices, device.shared_begin);
     });
     return bytes;
 }
@@ -142,11 +148,11 @@ static inline bool turbo_attention_takes(const ggml_tensor * node, const turbo_d
             const int64_t size = t == p.k ? k->ne[0] : v->ne[0];
             if (!turbo_is_source(t) || t->ne[0] != size || size % QK_TURBO != 0 || size/QK_TURBO > turbo_most_warps ||
                 t->nb[0] != ggml_type_size(t->type) || t->ne[1] != p.k->ne[1] || t->ne[2] != k->ne[2] || t->ne[3] != k->ne[3] ||
-                (t->nb[1] | t->nb[2] | t->nb[3]) % 2 != 0) {
+                (t->nb[1] | t->nb[2] | t->nb[3]) % 2 != 0 || t->ne[1]*t->nb[1] > UINT32_MAX) {
                 return false;
             }
         }
-        if (p.mask && (p.mask->type != GGML_TYPE_F16 || p.mask->nb[0] != sizeof(ggml_fp16_t))) {
+        if (p.mask && (p.mask->type != GGML_TYPE_F16 || p.mask->nb[0] != sizeof(ggml_fp16_t) || turbo_extent(p.mask)/2 > UINT32_MAX)) {
             return false;
         }
     }
@@ -157,7 +163,7 @@ static inline bool turbo_attention_takes(const ggml_tensor * node, const turbo_d
     }
     const turbo_attention_plan plan = turbo_plan_attention(node, device);
     for (int i = 0; i < plan.n_parts; ++i) {
-        if (plan.parts[i].shared_bytes > (size_t) device.shared_block_bytes || plan.parts[i].blocks <= 0) {
+        if (plan.parts[i].shared_bytes > device.shared_bytes || plan.parts[i].blocks <= 0) {
             return false;
         }
     }
@@ -174,8 +180,8 @@ static inline int turbo_plan_warps(const turbo_attention_launch & launch, int sl
         return slices;
     }
     int warps = few;
-    if (device.shared_bytes < (int) (turbo_most_warps/few*turbo_shared_bytes(launch, few, 1))) {
-        while (warps < turbo_most_warps && (int) turbo_shared_bytes(launch, warps + 1, 1) <= device.shared_block_bytes) {
+    if (turbo_most_warps/few*turbo_shared_bytes(launch, few, 1, device) > device.shared_bytes) {
+        while (warps < turbo_most_warps && turbo_shared_bytes(launch, warps + 1, 1, device) <= device.shared_bytes) {
             ++warps;
         }
     }
@@ -189,7 +195,7 @@ static inline void turbo_plan_part(const turbo_attention_op & op, turbo_attentio
     launch.chunks = pairs ? 2 : 1;
     const int slices = pairs ? 1 : turbo_slices(op), warps = turbo_plan_warps(launch, slices, device);
     launch.threads      = 32*warps;
-    launch.shared_bytes = turbo_shared_bytes(launch, warps, slices);
+    launch.shared_bytes = turbo_shared_bytes(launch, warps, slices, device);
 
     const int64_t blocks = (int64_t) op.n_kv_heads*op.n_tiles()*op.n_streams;
     const int64_t wanted = (int64_t) device.multiprocessors*std::max(1, turbo_most_warps/warps);

@@ -13,6 +13,8 @@
 #include "turbo-table.cuh"
 #include "turbo-mma.cuh"
 
+#define TURBO_TILE_KEYS 16 // that a warp takes at a time
+
 #include <utility>
 
 // f(0), f(1), ... with constants as arguments.
@@ -72,6 +74,13 @@ static __device__ __forceinline__ void turbo_wait_for_copies() {}
 
 // ---- packed blocks ----
 
+// turbo_block_scale by one multiplication: the code as the top of a float, which is 2^87 times too small. Scales below 2^-39,
+// which would be denormal there, count as 0 or as up to 2^-40 less, a 10^-10th of a value's unit at most.
+template<int K> static __device__ __forceinline__ float turbo_multiplied_scale(uint32_t header) {
+    const uint32_t bits = header << (23 - TURBO_SCALE_MANTISSA(K)) & (uint32_t) (TURBO_SCALE_CODES(K) - 1) << (23 - TURBO_SCALE_MANTISSA(K));
+    return __uint_as_float(bits)*__uint_as_float((127u + 127u - TURBO_SCALE_BIAS) << 23);
+}
+
 // Rows of CHUNKS blocks each, one for a key, staged in shared memory as they lie in global memory from the last multiple of
 // 4 bytes on. A single block may begin 2 bytes after that; two blocks do not (turbo-decode.cu chooses by alignment).
 template<int K, int CHUNKS> struct turbo_staged {
@@ -85,69 +94,75 @@ template<int K, int CHUNKS> struct turbo_staged {
         return 16*odd + 8*TURBO_BLOCK_BYTES(K)*chunk + TURBO_STATE_BIT(K, i);
     }
 
-    // A warp copies `keys` rows of 16 at most; the last one stands in for those that are not there.
-    static __device__ __forceinline__ void copy(uint32_t * to, const char * from, int64_t stride, int keys, int lane) {
+    // A warp copies `keys` rows of 16 at most, from row `first` on, with 32 bits for where they are; the last one stands in for
+    // those that are not there.
+    static __device__ __forceinline__ void copy(uint32_t * to, const char * from, uint32_t stride, int first, int keys, int lane) {
         if (keys >= 16) {
-            copy_rows(to, lane, [&](int row) { return from + row*stride; });
+            copy_rows(to, from, first*stride, lane, [&](int row) { return row*stride; });
         } else {
-            copy_rows(to, lane, [&](int row) { return from + (row < keys ? row : keys - 1)*stride; });
+            copy_rows(to, from, first*stride, lane, [&](int row) { return (row < keys ? row : keys - 1)*stride; });
         }
     }
 
     // N states from bit `start` of the words on, as look-ups of entries.
     template<int start, int N>
-    static __device__ __forceinline__ void look_up(const uint32_t * table, uint32_t w0, uint32_t w1, uint32_t w2, uint32_t (&u)[N]) {
+    static __device__ __forceinline__ void look_up(const turbo_banked_table & table, uint32_t w0, uint32_t w1, uint32_t w2, uint32_t (&u)[N]) {
         turbo_each<N>([&](auto i) {
-            u[i] = turbo_banked_entry(table, turbo_field<start + K*decltype(i)::value, 8, 7>(w0, w1, w2));
+            u[i] = table[turbo_field<start + K*decltype(i)::value, 8, 7>(w0, w1, w2)];
         });
     }
 
     // The entries of values N*part .. N*part + N - 1 of a chunk.
     template<int chunk, int N>
-    static __device__ __forceinline__ void entries(const uint32_t * row, const uint32_t * table, int part, int odd, uint32_t (&u)[N]) {
+    static __device__ __forceinline__ void entries(const uint32_t * row, const turbo_banked_table & table, int part, int odd, uint32_t (&u)[N]) {
         constexpr int step = N*K, first = begin(chunk, 0);
         if constexpr (aligned && step % 32 == 0) { // each part begins at the same bit of a word
             const uint32_t * w = row + first/32 + step/32*part;
             constexpr int start = first % 32, end = start + (N - 1)*K + 8;
             look_up<start>(table, w[0], w[1], end > 64 ? w[2] : 0, u);
-        } else {
-            const int at = first + 16*odd + step*part;
+        } else { // shifted to where they fill no more words than they must; from bit 7 on, states go to the right
+            constexpr int bits = (N - 1)*K + 8, x = (bits + 31)/32, start = 32*x - bits < 7 ? 32*x - bits : 7, end = start + bits + 31;
+            const unsigned at = (unsigned) (first - start + 16*odd + step*part);
             const uint32_t * w = row + at/32;
-            constexpr int end = (N - 1)*K + 8, most = end + 31; // bits after the shift, and with it
-            const uint32_t w1 = w[1], w2 = most > 64 || end > 32 ? w[2] : 0;
-            look_up<0>(table, __funnelshift_r(w[0], w1, at), __funnelshift_r(w1, w2, at), end > 64 ? w2 >> at % 32 : 0, u);
+            const uint32_t w1 = w[1], w2 = end > 64 ? w[2] : 0, w3 = end > 96 ? w[3] : 0;
+            look_up<start>(table, __funnelshift_r(w[0], w1, at), x > 1 ? __funnelshift_r(w1, w2, at) : 0,
+                           x > 2 ? __funnelshift_r(w2, w3, at) : 0, u);
         }
     }
 
     template<int chunk> static __device__ __forceinline__ float scale(const uint32_t * row, int odd) {
-        return turbo_block_scale<K>(((const uint16_t *) row)[odd + chunk*TURBO_BLOCK_BYTES(K)/2]);
+        return turbo_multiplied_scale<K>(((const uint16_t *) row)[odd + chunk*TURBO_BLOCK_BYTES(K)/2]);
     }
 
   private:
-    // Half a warp copies a row, so that neighbours read neighbouring words.
-    template<typename F> static __device__ __forceinline__ void copy_rows(uint32_t * to, int lane, F && from) {
-        const int column = lane % 16;
+    // Eight lanes copy a row, so that neighbours read neighbouring words and a lane has few rows to find.
+    template<typename F>
+    static __device__ __forceinline__ void copy_rows(uint32_t * to, const char * from, uint32_t first, int lane, F && offset) {
+        constexpr int rest = words % 8;
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            const int row = 2*i + lane/16;
-            if (column < words) {
-                copy_word(to + row*words + column, from(row), column);
+        for (int i = 0; i < 4; ++i) {
+            const int row = 4*i + lane/8, column = lane % 8;
+            const char * p = from + (first + offset(row));
+#pragma unroll
+            for (int j = 0; j < words/8; ++j) {
+                copy_word(to + row*words + column, p, column, 8*j);
+            }
+            if (rest > 1 && column < rest) {
+                copy_word(to + row*words + column, p, column, words - rest);
             }
         }
-        if constexpr (words > 16) {
-            static_assert(words == 17, "one word of each row is left over");
-            if (lane < 16) {
-                copy_word(to + lane*words + 16, from(lane), 16);
-            }
+        if (rest == 1 && lane < TURBO_TILE_KEYS) { // the last word of each row
+            copy_word(to + lane*words, from + (first + offset(lane)), 0, words - 1);
         }
     }
 
-    static __device__ __forceinline__ void copy_word(uint32_t * to, const char * row, int column) {
+    // Word column + more; `to` is where word column goes.
+    static __device__ __forceinline__ void copy_word(uint32_t * to, const char * row, int column, int more) {
         if constexpr (aligned) {
-            turbo_copy_async(to, row + 4*column);
+            turbo_copy_async(to + more, row + 4*column + 4*more);
         } else {
-            const int odd = (uintptr_t) row & 2;
-            turbo_copy_async(to, row - odd + 4*column, column < words - 1 || odd ? 4 : 2);
+            const char * word = (const char *) ((uintptr_t) row & ~(uintptr_t) 3) + 4*column + 4*more;
+            turbo_copy_async(to + more, word, column + more < words - 1 || ((uintptr_t) row & 2) ? 4 : 2);
         }
     }
 };

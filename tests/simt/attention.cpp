@@ -13,7 +13,7 @@ SIMT_DYNAMIC_SHARED(uint32_t, turbo_attention_memory);
 
 struct how {
     int32_t schedule, seed;
-    int32_t multiprocessors, shared_bytes, shared_block_bytes; // of the device
+    int32_t multiprocessors, shared_bytes, shared_begin; // of the device
     int32_t late; // bytes by which keys and values begin after a word
 };
 
@@ -38,7 +38,8 @@ int main() {
         simt::output<float> result(p.out.memory.size()/sizeof(float), 16);
         p.out.data = result.data();
 
-        const turbo_device device = { how.multiprocessors, how.shared_bytes, how.shared_block_bytes };
+        const turbo_device device = { how.multiprocessors, how.shared_bytes, (uint32_t) how.shared_begin };
+        simt::shared_begin = device.shared_begin;
         if (!turbo_attention_takes(&p.out, device)) {
             fprintf(stderr, "the kernels do not take this problem\n");
             return 1;
@@ -53,7 +54,7 @@ int main() {
         for (int i = 0; i < plan.n_parts; ++i) {
             const turbo_attention_launch & launch = plan.parts[i];
             turbo_with_kernel(launch, [&](auto k, auto v, auto chunks) {
-                simt::launch(launch.blocks, launch.threads, launch.shared_bytes, [&] {
+                simt::launch((unsigned) launch.blocks, (unsigned) launch.threads, (size_t) launch.shared_bytes, [&] {
                     turbo_attend<decltype(k)::value, decltype(v)::value, decltype(chunks)::value>(plan.op, launch.part);
                 });
             });
