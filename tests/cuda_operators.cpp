@@ -312,6 +312,8 @@ static void test_refusals() {
     ask(GGML_OP_CPY, of(f32, 96, 2), of(turbo, 64, 3), of(f32, 96, 2), 0, "values of a block in two rows");
     ask(GGML_OP_CPY, of(turbo, 64, 2), of(f32, 64, 2, 8), of(turbo, 64, 2), 0, "values of a block with gaps");
     ask(GGML_OP_CPY, of(f32, 64, 2, 8), of(turbo, 64, 2), of(f32, 64, 2, 8), 0, "values of a block with gaps");
+    ask(GGML_OP_CPY, of(f32, 128, 4), tensor(turbo, nullptr, { { 64, 8, 1, 1 }, { 0, 52, 0, 0 } }), of(f32, 128, 4), 0, "another shape, and gaps");
+    ask(GGML_OP_CPY, tensor(turbo, nullptr, { { 64, 8, 1, 1 }, { 0, 52, 0, 0 } }), of(f32, 128, 4), of(turbo, 64, 8), 0, "another shape, and gaps");
     ask(GGML_OP_CPY, of(other, 64, 2), of(turbo, 64, 2), of(other, 64, 2), 0, "from one type of ours to another");
     ask(GGML_OP_CPY, of(GGML_TYPE_Q8_0, 64, 2), of(turbo, 64, 2), of(f32, 64, 2), 0, "to another quantized type");
     ask(GGML_OP_CPY, of(i32, 64, 2), of(turbo, 64, 2), of(i32, 64, 2), 0, "to integers");

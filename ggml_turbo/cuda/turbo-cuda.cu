@@ -10,10 +10,10 @@ static bool turbo_takes_any(int device, const ggml_tensor * op) {
 
 // Everything that devices do with our types. A node is computed by the first line that takes it.
 static const turbo_operator turbo_operators[] = {
-    { GGML_OP_SET_ROWS,   turbo_takes_set_rows, turbo_encode_rows },
-    { GGML_OP_GET_ROWS,   turbo_takes_get_rows, turbo_decode_rows },
-    { GGML_OP_CPY,        turbo_takes_encoding, turbo_encode_rows },
-    { GGML_OP_CPY,        turbo_takes_decoding, turbo_decode_rows },
+    { GGML_OP_SET_ROWS,   turbo_takes_set_rows, turbo_set_rows },
+    { GGML_OP_GET_ROWS,   turbo_takes_get_rows, turbo_get_rows },
+    { GGML_OP_CPY,        turbo_takes_encoding, turbo_copy_encoded },
+    { GGML_OP_CPY,        turbo_takes_decoding, turbo_copy_decoded },
     { GGML_OP_CPY,        turbo_takes_copy,     turbo_copy_blocks },
     { GGML_OP_DUP,        turbo_takes_copy,     turbo_copy_blocks },
     { GGML_OP_CONT,       turbo_takes_copy,     turbo_copy_blocks },

@@ -14,9 +14,13 @@ static inline bool turbo_is_index(const ggml_tensor * t) {
     return t->type == GGML_TYPE_I32 || t->type == GGML_TYPE_I64;
 }
 
-// Rows that are blocks of 64 values, or pieces of 64 values that lie side by side.
+// Rows of units that lie side by side; kernels count units in 32 bits.
 static inline bool turbo_has_whole_blocks(const ggml_tensor * t) {
-    return t->ne[0] % QK_TURBO == 0 && t->nb[0] == ggml_type_size(t->type);
+    return t->ne[0] % QK_TURBO == 0 && t->nb[0] == ggml_type_size(t->type) && ggml_nelements(t)/QK_TURBO <= INT32_MAX;
+}
+
+static inline uint32_t turbo_count_rows(const ggml_tensor * t) {
+    return (uint32_t) ggml_nrows(t);
 }
 
 static inline turbo_float turbo_float_of(const ggml_tensor * t) {
@@ -26,18 +30,26 @@ static inline turbo_float turbo_float_of(const ggml_tensor * t) {
 static inline turbo_tensor turbo_describe(const ggml_tensor * t, int unit = QK_TURBO) {
     turbo_tensor out = { (char *) t->data, {}, {} };
     for (int i = 0; i < 4; ++i) {
-        out.ne[i] = t->ne[i];
-        out.nb[i] = (int64_t) t->nb[i];
+        out.ne[i] = (uint32_t) (i == 0 ? t->ne[0]/unit : t->ne[i]);
+        out.nb[i] = (int64_t) (i == 0 ? t->nb[0]*unit/ggml_blck_size(t->type) : t->nb[i]);
     }
-    out.ne[0] /= unit;
-    out.nb[0] *= unit/ggml_blck_size(t->type);
     return out;
 }
 
-// The indices of SET_ROWS and GET_ROWS; none for others.
-static inline turbo_rows turbo_describe_rows(const ggml_tensor * op) {
-    if (op->op != GGML_OP_SET_ROWS && op->op != GGML_OP_GET_ROWS) {
-        return {};
-    }
-    return { turbo_describe(op->src[1], 1), (int) ggml_type_size(op->src[1]->type) };
+// The indices of SET_ROWS and GET_ROWS.
+static inline turbo_rows turbo_describe_rows(const ggml_tensor * index) {
+    return { turbo_describe(index, 1), (int) ggml_type_size(index->type) };
+}
+
+// CPY takes any two shapes of as many elements. Ours go row by row: the shapes are the same, or both are one long row.
+static inline bool turbo_can_copy(const ggml_tensor * from, const ggml_tensor * to) {
+    return ggml_are_same_shape(from, to) || (ggml_is_contiguous(from) && ggml_is_contiguous(to));
+}
+
+// The same elements as one row, where they lie side by side.
+static inline ggml_tensor turbo_as_row(const ggml_tensor * t) {
+    ggml_tensor row = *t;
+    row.ne[0] = ggml_nelements(t);
+    row.ne[1] = row.ne[2] = row.ne[3] = 1;
+    return row;
 }

@@ -37,6 +37,15 @@ static __device__ __forceinline__ int turbo_warp_sum(int value) {
     return turbo_warp_reduce(value, [](int a, int b) { return a + b; });
 }
 
+// Rounded to nearest. HIP's __fsqrt_rn is not, its sqrtf is.
+static __device__ __forceinline__ float turbo_sqrt(float x) {
+#if defined(GGML_USE_HIP)
+    return sqrtf(x);
+#else
+    return __fsqrt_rn(x);
+#endif
+}
+
 static constexpr float turbo_cost_unit = 64.0f;
 static constexpr float turbo_cost_base = 536870912.0f; // 2^29: the floats from here on are 64 apart
 
@@ -178,20 +187,22 @@ template<int K> static __device__ __forceinline__ int turbo_fit_scale(float ener
         const float end = __uint_as_float(turbo_scale_end(K, below));
         return energy >= __fmul_rn(__fmul_rn(end, end), (float) cc);
     };
-    const int fitted = turbo_scale_from_float(K, __float_as_uint(__fsqrt_rn(__fdiv_rn(energy, (float) cc))));
+    const int fitted = turbo_scale_from_float(K, __float_as_uint(turbo_sqrt(__fdiv_rn(energy, (float) cc))));
     if (fitted > 0 && !is_above(fitted - 1)) {
         return fitted - 1;
     }
     return fitted + (fitted < TURBO_SCALE_CODES(K) - 1 && is_above(fitted));
 }
 
-// A block of threads is 32 x 2; blocks x of the grid are blocks of the tensor.
-template<int K>
-static __global__ void __launch_bounds__(64) turbo_encode(turbo_tensor values, turbo_float type, turbo_tensor blocks, turbo_rows rows) {
+// A block of threads is 32 x 2; blocks of the grid are units of all rows.
+template<int K> static __global__ void __launch_bounds__(64)
+turbo_encode(turbo_tensor values, turbo_float type, turbo_tensor blocks, turbo_rows rows) {
     __shared__ turbo_encode_shared<K> shared;
-    const int    lane = threadIdx.x, candidate = threadIdx.y;
-    const char * x    = turbo_at(values, turbo_find(values, blockIdx.x));
-    uint8_t *    out  = (uint8_t *) turbo_counterpart(values, blocks, rows, blockIdx.x);
+    const int       lane = threadIdx.x, candidate = threadIdx.y;
+    const uint32_t  i    = blockIdx.x % values.ne[0];
+    const turbo_row from = turbo_find_row(values, blockIdx.x/values.ne[0]);
+    const char *    x    = turbo_at(values, from, i);
+    uint8_t *       out  = (uint8_t *) turbo_at(blocks, turbo_choose_row(rows, from), i);
 
     // Without NaN, infinities and what overflows. Both halves of the warp have all 64 values.
     float value[4];
@@ -216,7 +227,7 @@ static __global__ void __launch_bounds__(64) turbo_encode(turbo_tensor values, t
         energy = __fadd_rn(energy, __shfl_xor_sync(TURBO_FULL_WARP, energy, half, 32));
     }
 
-    const float by_rms = __fmul_rn(__fsqrt_rn(__fmul_rn(energy, 1.0f/QK_TURBO)), turbo_tables<K>::rms_to_scale);
+    const float by_rms = __fmul_rn(turbo_sqrt(__fmul_rn(energy, 1.0f/QK_TURBO)), turbo_tables<K>::rms_to_scale);
     const float by_max = __fmul_rn(__uint_as_float((uint32_t) largest), turbo_tables<K>::max_to_scale);
     const float guess  = by_rms > by_max ? by_rms : by_max;
     const int   low    = turbo_scale_from_float(K, __float_as_uint(__fmul_rn(guess, 0.94f)));

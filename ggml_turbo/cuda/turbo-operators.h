@@ -13,13 +13,15 @@ struct turbo_operator {
 
 // turbo-encode.cu: values to blocks
 bool turbo_takes_set_rows(int device, const ggml_tensor * op);
+void turbo_set_rows(ggml_backend_cuda_context & context, ggml_tensor * op);
 bool turbo_takes_encoding(int device, const ggml_tensor * op);
-void turbo_encode_rows(ggml_backend_cuda_context & context, ggml_tensor * op);
+void turbo_copy_encoded(ggml_backend_cuda_context & context, ggml_tensor * op);
 
 // turbo-rows.cu: blocks to values, and to other places
 bool turbo_takes_get_rows(int device, const ggml_tensor * op);
+void turbo_get_rows(ggml_backend_cuda_context & context, ggml_tensor * op);
 bool turbo_takes_decoding(int device, const ggml_tensor * op);
+void turbo_copy_decoded(ggml_backend_cuda_context & context, ggml_tensor * op);
 bool turbo_takes_copy(int device, const ggml_tensor * op);
-bool turbo_takes_mul_mat(int device, const ggml_tensor * op); // llama.cpp's code, with ggml_cuda_turbo_converter
-void turbo_decode_rows(ggml_backend_cuda_context & context, ggml_tensor * op);
 void turbo_copy_blocks(ggml_backend_cuda_context & context, ggml_tensor * op);
+bool turbo_takes_mul_mat(int device, const ggml_tensor * op); // llama.cpp's code, with ggml_cuda_turbo_converter

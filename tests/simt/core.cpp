@@ -366,7 +366,7 @@ void run_block() {
 
 void fault(int signal, siginfo_t * info, void *) {
     if (signal == SIGILL) { // of -fsanitize-trap=alignment
-        fail("accesses memory that is not aligned as its type wants, at %s", source_of((const uint8_t *) info->si_addr + 1).c_str());
+        fail("accesses memory that is not aligned as its type wants");
     }
     const uint8_t * at = (const uint8_t *) info->si_addr;
     for (const array & a : arrays) {
@@ -526,6 +526,12 @@ void access(const void * address, size_t size, bool write, const void * code) {
             }, code, false);
         }
         return;
+    }
+}
+
+void require_alignment(const void * address, size_t size, const void * code) {
+    if (running && (uintptr_t) address % size != 0) {
+        fail("accesses %zu bytes at an address that is no multiple of that, at %s", size, source_of(code).c_str());
     }
 }
 

@@ -140,6 +140,9 @@ inline constexpr uint8_t poison = 0xfb;
 // of what nothing wrote, and races: two accesses of different threads, one of them a write, without a barrier between.
 void access(const void * address, size_t size, bool write, const void * code);
 
+// Reports an address that is no multiple of `size`.
+void require_alignment(const void * address, size_t size, const void * code);
+
 // An atomic operation, which races with no other.
 void access_atomic(const void * address, size_t size);
 
