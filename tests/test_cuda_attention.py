@@ -79,8 +79,7 @@ class Case:
     kind: str = "gaussian"
     window: tuple[int, int, int] | None = None  # slots, tokens of the batch, tiles
     schedule: int = 0
-    multiprocessors: int = 4
-    shared: tuple[int, int] = (101376, 0)  # memory: bytes of a block, and where they begin
+    device: tuple[int, int, int] = (860, 4, 101376)  # compute capability, multiprocessors, bytes of shared memory
     late: int = 0
 
     @property
@@ -122,7 +121,7 @@ class Case:
 def run(program: Path, problems: list[tuple[Case, Problem]]) -> list[np.ndarray]:
     """Results (sequences, queries, heads, head size), in order."""
     text = b"".join(
-        struct.pack("6i", case.schedule, seed, case.multiprocessors, *case.shared, case.late) + as_input(problem)
+        struct.pack("6i", case.schedule, seed, *case.device, case.late) + as_input(problem)
         for seed, (case, problem) in enumerate(problems)
     )
     done = subprocess.run(program, input=text, capture_output=True)

@@ -103,10 +103,10 @@ static __device__ __forceinline__ float turbo_slope(int head, int n_heads, float
 }
 
 // A row of a KV head: its query and query head. The last one stands in for those that are not there.
-struct turbo_row {
+struct turbo_query_row {
     int stream, kv_head, index, query, head;
 
-    __device__ __forceinline__ turbo_row(const turbo_attention_op & op, int stream, int kv_head, int index)
+    __device__ __forceinline__ turbo_query_row(const turbo_attention_op & op, int stream, int kv_head, int index)
         : stream(stream), kv_head(kv_head), index(index), query(min(index, op.n_rows() - 1)/op.group),
           head(kv_head*op.group + min(index, op.n_rows() - 1) % op.group) {}
 
@@ -211,7 +211,7 @@ template<int K, int V, int CHUNKS> struct turbo_attention {
         return op.softcap != 0.0f ? op.scale/op.softcap : op.scale*turbo_log2e;
     }
 
-    __device__ __forceinline__ void load_queries(const turbo_row (&rows)[2]) {
+    __device__ __forceinline__ void load_queries(const turbo_query_row (&rows)[2]) {
         const float factor = product_factor();
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
@@ -272,7 +272,7 @@ template<int K, int V, int CHUNKS> struct turbo_attention {
     }
 
     // Hides keys that a row sees in the recent window.
-    __device__ __forceinline__ void hide_window(const turbo_row (&rows)[2], int key0, int end) {
+    __device__ __forceinline__ void hide_window(const turbo_query_row (&rows)[2], int key0, int end) {
         const int32_t * columns = (const int32_t *) (part.columns + rows[0].stream*part.columns_stream) + key0 + 2*t;
         int column[4];
         bool any = false;
@@ -378,7 +378,7 @@ template<int K, int V, int CHUNKS> struct turbo_attention {
     }
 
     // Adds to products what the queries add to those with all keys of a tile of positions.
-    __device__ __forceinline__ void add_biases(const turbo_row (&rows)[2], int key0, int end) {
+    __device__ __forceinline__ void add_biases(const turbo_query_row (&rows)[2], int key0, int end) {
         const float factor = product_factor();
         const int32_t * tiles = (const int32_t *) (part.tiles + rows[0].stream*part.columns_stream);
         int tile[4];
@@ -549,7 +549,7 @@ template<int K, int V, int CHUNKS> struct turbo_attention {
 
     // ---- all of it ----
 
-    __device__ __forceinline__ void run(int kv_head, int stream, const turbo_row (&rows)[2], int begin, int end) {
+    __device__ __forceinline__ void run(int kv_head, int stream, const turbo_query_row (&rows)[2], int begin, int end) {
         if constexpr (table_words > 0) {
             turbo_fill_banked_table<K, V>(shared + before_table());
         }
@@ -693,7 +693,7 @@ template<int K, int V, int CHUNKS> struct turbo_attention {
         }
     }
 
-    __device__ __forceinline__ void store(const turbo_row (&rows)[2]) const {
+    __device__ __forceinline__ void store(const turbo_query_row (&rows)[2]) const {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             if (rows[r].index >= op.n_rows()) {
@@ -739,7 +739,7 @@ static __global__ void __launch_bounds__(384) turbo_attend(const turbo_attention
     const int tile = i % op.n_tiles(), stream = i/op.n_tiles();
 
     const int row = TURBO_TILE_ROWS*tile + threadIdx.x % 32/4;
-    const turbo_row rows[2] = { turbo_row(op, stream, kv_head, row), turbo_row(op, stream, kv_head, row + 8) };
+    const turbo_query_row rows[2] = { turbo_query_row(op, stream, kv_head, row), turbo_query_row(op, stream, kv_head, row + 8) };
     const int begin = range*part.range_keys;
     turbo_attention<K, V, CHUNKS> attention(op, part, turbo_attention_memory, part.first_range + range);
     attention.run(kv_head, stream, rows, begin, min(begin + part.range_keys, part.n_keys));
@@ -748,7 +748,7 @@ static __global__ void __launch_bounds__(384) turbo_attend(const turbo_attention
 // One softmax over all ranges of keys. A block of threads is a row, blocks are rows of all streams.
 static __global__ void turbo_combine(const turbo_attention_op op) {
     const int64_t i = blockIdx.x;
-    const turbo_row row(op, (int) (i/op.n_rows()/op.n_kv_heads), (int) (i/op.n_rows() % op.n_kv_heads), (int) (i % op.n_rows()));
+    const turbo_query_row row(op, (int) (i/op.n_rows()/op.n_kv_heads), (int) (i/op.n_rows() % op.n_kv_heads), (int) (i % op.n_rows()));
     const float2 * sums = op.partial_sums + i*op.n_ranges;
     float reference = turbo_no_score;
     for (int range = 0; range < op.n_ranges; ++range) {

@@ -82,7 +82,7 @@ template<int K> static __device__ __forceinline__ float turbo_multiplied_scale(u
 }
 
 // Rows of CHUNKS blocks each, one for a key, staged in shared memory as they lie in global memory from the last multiple of
-// 4 bytes on. A single block may begin 2 bytes after that; two blocks do not (turbo-decode.cu chooses by alignment).
+// 4 bytes on. A single block may begin 2 bytes after that; two blocks do not (turbo-plan.cuh chooses by alignment).
 template<int K, int CHUNKS> struct turbo_staged {
     static constexpr int  bytes   = CHUNKS*TURBO_BLOCK_BYTES(K);
     static constexpr bool aligned = CHUNKS % 2 == 0;

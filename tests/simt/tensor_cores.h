@@ -46,8 +46,7 @@ inline void turbo_mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32
     }
 }
 
-// Where dynamic shared memory begins in its address space: in compute capability 9.0 and later there is a KiB of the system's
-// before it. Kernels whose tables must lie at multiples of their size ask for it.
+// Where dynamic shared memory begins in its address space. Kernels whose tables must lie at multiples of their size ask.
 namespace simt {
 inline uint32_t shared_begin = 0;
 }
