@@ -149,9 +149,10 @@ template<int K, int V, int CHUNKS> struct turbo_attention {
     static constexpr bool sliced = CHUNKS == 1; // or may be
     static constexpr int  table_words  = K || V ? TURBO_BANKED_TABLE_WORDS : 0;
     static constexpr int  key_words    = K ? TURBO_TILE_KEYS*keys::words : 0;
-    static constexpr int  stage_words  = key_words + (V ? TURBO_TILE_KEYS*values::words : 0); // of one tile
+    static constexpr int  value_words  = V ? TURBO_TILE_KEYS*values::words : 0;
+    static constexpr int  padding      = K || V ? 4 : 0;     // behind the last row: words are loaded that no value needs
+    static constexpr int  stage_words  = key_words + value_words + padding; // of one tile
     static constexpr int  result_words = 32*(32*CHUNKS + 4); // a warp's result, as it hands it to another
-    static constexpr int  padding      = 4;                  // words are loaded that no value needs
 
     static constexpr int  row_words    = TURBO_TILE_ROWS*sizeof(turbo_row_factors)/4;
     static constexpr int  warp_words   = row_words + 2*stage_words;
@@ -164,7 +165,7 @@ template<int K, int V, int CHUNKS> struct turbo_attention {
     }
     static __host__ __device__ __forceinline__ int exchange(int warps, int before) {
         const int behind = before + table_words, end = memory_of(warps, before);
-        return (end > behind ? end : behind) + padding;
+        return end > behind ? end : behind;
     }
 
     // How many there are for so many warps, of which `slices` share keys.
@@ -493,14 +494,18 @@ template<int K, int V, int CHUNKS> struct turbo_attention {
         }
     }
 
+    // Finite, so that a weight of 0 makes it 0; stock types have scales that are as large as floats.
+    __device__ __forceinline__ float in_units(float scale) const {
+        return V == 0 ? fminf(scale*inverse_unit, FLT_MAX) : scale*inverse_unit;
+    }
+
     // Weights times scales, as A of turbo-mma.cuh; from here on neither is needed by itself.
     __device__ __forceinline__ void pack_weights(const float (&scale)[CHUNKS][4], uint32_t (&a)[CHUNKS][4]) {
         fit_unit(scale);
 #pragma unroll
         for (int i = 0; i < 4*CHUNKS; ++i) {
             const int c = i/4, key = i % 4/2*2, r = i % 2; // key: of the four that this lane has
-            a[c][i % 4] = turbo_pack_halves(weight(key,     r)*(scale[c][key]*inverse_unit),
-                                            weight(key + 1, r)*(scale[c][key + 1]*inverse_unit));
+            a[c][i % 4] = turbo_pack_halves(weight(key, r)*in_units(scale[c][key]), weight(key + 1, r)*in_units(scale[c][key + 1]));
         }
     }
 
@@ -536,6 +541,7 @@ template<int K, int V, int CHUNKS> struct turbo_attention {
             for (int j = 0; j < 4; ++j) {
                 halves[c][n][j] = sees >> n & 1 ? halves[c][n][j] : 0;
             }
+            scale[c][n] = sees >> n & 1 ? scale[c][n] : 0.0f;
         }
         uint32_t a[CHUNKS][4];
         pack_weights(scale, a);
@@ -552,6 +558,9 @@ template<int K, int V, int CHUNKS> struct turbo_attention {
     __device__ __forceinline__ void run(int kv_head, int stream, const turbo_query_row (&rows)[2], int begin, int end) {
         if constexpr (table_words > 0) {
             turbo_fill_banked_table<K, V>(shared + before_table());
+        }
+        if (padding > 0 && lane < 2) { // behind the last rows, of keys and of values
+            stage(lane)[key_words] = stage(lane)[key_words + value_words] = 0;
         }
         load_queries(rows);
         __syncthreads();

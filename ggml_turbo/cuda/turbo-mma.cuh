@@ -50,7 +50,7 @@ static __device__ __forceinline__ void turbo_mma(float (&c)[4], const uint32_t (
 static __device__ __forceinline__ void turbo_mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     const int lane = threadIdx.x % 32, t = lane % 4;
     const uint32_t b[2] = { b0, b1 };
-#pragma unroll
+#pragma unroll 1 // else the loads of many products go side by side, and registers run out
     for (int from = 0; from < 4; ++from) { // the lane of a row or column that has the terms 2*from, 2*from + 1 and 8 on
 #pragma unroll
         for (int k = 0; k < 2; ++k) {

@@ -63,7 +63,7 @@ struct copies {
     dim3                          block;
     std::deque<std::vector<copy>> groups; // the last one is not ended
 };
-inline std::vector<copies> all_copies(1024);
+static std::vector<copies> all_copies(1024); // not inline: that takes a lock, which checked accesses do not know
 
 inline copies & own_copies() {
     copies & own = all_copies[thread_number()];
