@@ -281,7 +281,6 @@ PLANTED = {
     "a mask of another head": ("turbo-attention.cuh", "head % m.heads*m.head", "0", ""),
     "no unit for large values": ("turbo-attention.cuh", "        fit_unit(scale);\n", "", ""),
     "a row late by no half": ("turbo-attention.cuh", "odd_values[i] = (uintptr_t) (v + i*part.v.key) >> 1 & 1;", "odd_values[i] = 0;", ""),
-    "a byte behind the last block": ("turbo-sources.cuh", "|| ((uintptr_t) row & 2) ? 4 : 2", "|| true ? 4 : 2", "of an input of"),
     "cells that nobody sees": ("turbo-attention.cuh", "sees >> n & 1 ? halves[c][n][j] : 0", "halves[c][n][j]", ""),
     "keys behind the end": ("turbo-attention.cuh", "there < 1 ? TURBO_MASKED", "there < 0 ? TURBO_MASKED", "of an input of|"),
 }  # fmt: skip
@@ -289,8 +288,8 @@ PLANTED = {
 SOME = [
     Case(("turbo4", "turbo4"), (128, 128), queries=3, group=8, kv_heads=2, keys=333, mask="scattered", any_values=True),
     Case(("turbo4", "turbo4"), (128, 128), keys=120, mask="window", sinks=True, hostile=True, window=(37, 8, 3), schedule=1),
-    Case(("turbo4", "turbo4"), (192, 192), queries=2, group=5, keys=77, schedule=2),
-    Case(("turbo4", "turbo4"), (64, 64), group=3, keys=251, schedule=1, mask="none"),
+    Case(("turbo4", "turbo4"), (192, 192), queries=2, group=5, keys=300, schedule=2, device=(860, 1, 101376)),
+    Case(("turbo4", "turbo4"), (64, 64), group=3, keys=651, schedule=1, mask="none", device=(900, 1, 232448)),
 ]
 SOME_KERNELS = "-DTURBO_ATTENTION_KERNELS(X)=X(4, 4, 2) X(4, 4, 1) X(0, 0, 1)"
 

@@ -34,12 +34,6 @@ template<int N, typename F> static __device__ __forceinline__ void turbo_each(F 
 #if !defined(TURBO_HAS_ASYNC_COPY) // the emulator has its own
 #  if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800 && !defined(GGML_USE_HIP)
 
-// The word at `from`, or its first 2 bytes and zeros.
-static __device__ __forceinline__ void turbo_copy_async(uint32_t * to, const char * from, int bytes) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;"
-        :: "r"((uint32_t) __cvta_generic_to_shared(to)), "l"(from), "r"(bytes) : "memory");
-}
-
 static __device__ __forceinline__ void turbo_copy_async(uint32_t * to, const char * from) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4;"
         :: "r"((uint32_t) __cvta_generic_to_shared(to)), "l"(from) : "memory");
@@ -56,10 +50,6 @@ static __device__ __forceinline__ void turbo_wait_for_copies() {
 }
 
 #  else
-
-static __device__ __forceinline__ void turbo_copy_async(uint32_t * to, const char * from, int bytes) {
-    *to = bytes == 4 ? *(const uint32_t *) from : *(const uint16_t *) from;
-}
 
 static __device__ __forceinline__ void turbo_copy_async(uint32_t * to, const char * from) {
     *to = *(const uint32_t *) from;
@@ -156,14 +146,11 @@ template<int K, int CHUNKS> struct turbo_staged {
         }
     }
 
-    // Word column + more; `to` is where word column goes.
+    // Word column + more of a row; `to` is where word `column` goes. Words that a row shares with what is beside it are copied
+    // whole: no allocation of a device ends within one.
     static __device__ __forceinline__ void copy_word(uint32_t * to, const char * row, int column, int more) {
-        if constexpr (aligned) {
-            turbo_copy_async(to + more, row + 4*column + 4*more);
-        } else {
-            const char * word = (const char *) ((uintptr_t) row & ~(uintptr_t) 3) + 4*column + 4*more;
-            turbo_copy_async(to + more, word, column + more < words - 1 || ((uintptr_t) row & 2) ? 4 : 2);
-        }
+        const char * first = aligned ? row : (const char *) ((uintptr_t) row & ~(uintptr_t) 3);
+        turbo_copy_async(to + more, first + 4*column + 4*more);
     }
 };
 

@@ -51,13 +51,15 @@ namespace simt {
 inline uint32_t shared_begin = 0;
 }
 
-// Copies are done as late as may be: when they are waited for. The one who reads before that finds what was there.
+// Asynchronous copies are done when they are begun, or when they are waited for: whatever else is done to their memory
+// between the two is wrong in one of the modes.
 namespace simt {
 
+inline bool copies_are_late = true;
+
 struct copy {
-    uint32_t *   to;
-    const char * from;
-    int          bytes;
+    uint32_t *       to;
+    const uint32_t * from;
 };
 struct copies {
     dim3                          block;
@@ -78,19 +80,20 @@ inline copies & own_copies() {
 } // namespace simt
 
 #define TURBO_HAS_ASYNC_COPY
-inline void turbo_copy_async(uint32_t * to, const char * from, int bytes) {
-    if (bytes != 4 && bytes != 2) {
-        simt::fail("an asynchronous copy of %d bytes", bytes);
+inline void turbo_copy_async(uint32_t * to, const char * from) {
+    const uint32_t * word = (const uint32_t *) from;
+    if (simt::copies_are_late) {
+        simt::own_copies().groups.back().push_back({ to, word });
+    } else {
+        *to = *word;
     }
-    simt::own_copies().groups.back().push_back({ to, from, bytes });
 }
-inline void turbo_copy_async(uint32_t * to, const char * from) { turbo_copy_async(to, from, 4); }
 inline void turbo_commit_copies() { simt::own_copies().groups.emplace_back(); }
 inline void turbo_wait_for_copies() {
     auto & groups = simt::own_copies().groups;
     while (groups.size() > 2) { // the one that is not ended, and the latest that is
         for (const simt::copy & c : groups.front()) {
-            *c.to = c.bytes == 4 ? *(const uint32_t *) c.from : *(const uint16_t *) c.from;
+            *c.to = *c.from;
         }
         groups.pop_front();
     }
