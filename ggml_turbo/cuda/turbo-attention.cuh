@@ -401,9 +401,20 @@ template<int K, int V, int CHUNKS> struct turbo_attention {
         }
     }
 
-    // Scale, cap, mask.
-    __device__ __forceinline__ void finish_scores() {
-        const float slope[2] = { row_factors(0).slope, row_factors(1).slope };
+    // From products: factors of the rows, of which slices have their own; biases, cap, mask.
+    __device__ __forceinline__ void finish_scores(const turbo_query_row (&rows)[2], int key0, int end) {
+        const float product[2] = { row_factors(0).product, row_factors(1).product };
+        const float slope[2]   = { row_factors(0).slope, row_factors(1).slope };
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            score[i/4][i % 4] *= product[i/2 % 2];
+        }
+        if (sliced && slices > 1) {
+            exchange_scores();
+        }
+        if (part.tiles) {
+            add_biases(rows, key0, end);
+        }
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
             float & s = score[i/4][i % 4];
@@ -625,18 +636,7 @@ template<int K, int V, int CHUNKS> struct turbo_attention {
                         score[i/4][i % 4] = 0.0f;
                     }
                 }
-                const float product[2] = { row_factors(0).product, row_factors(1).product };
-#pragma unroll
-                for (int i = 0; i < 8; ++i) {
-                    score[i/4][i % 4] *= product[i/2 % 2];
-                }
-                if (sliced && slices > 1) {
-                    exchange_scores();
-                }
-                if (part.tiles) {
-                    add_biases(rows, key0, end);
-                }
-                finish_scores();
+                finish_scores(rows, key0, end);
                 weigh();
                 if (has_values) {
                     if constexpr (V != 0) {
@@ -648,6 +648,17 @@ template<int K, int V, int CHUNKS> struct turbo_attention {
             }
             turbo_sync_warp(); // the stage is read
         }
+        finish();
+        if (slices == 1) {
+            merge_warps();
+        }
+        if (slices > 1 || warp == 0) {
+            store(rows, op.n_ranges == 1);
+        }
+    }
+
+    // Results without units, and with the sums of all lanes.
+    __device__ __forceinline__ void finish() {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             total[r] += __shfl_xor_sync(TURBO_FULL_WARP, total[r], 1, 32);
@@ -656,12 +667,6 @@ template<int K, int V, int CHUNKS> struct turbo_attention {
 #pragma unroll
         for (int i = 0; i < 32*CHUNKS; ++i) {
             out[i/32][i/4 % 8][i % 4] /= inverse_unit;
-        }
-        if (slices == 1) {
-            merge_warps();
-        }
-        if (slices > 1 || warp == 0) {
-            store(rows);
         }
     }
 
@@ -702,7 +707,7 @@ template<int K, int V, int CHUNKS> struct turbo_attention {
         }
     }
 
-    __device__ __forceinline__ void store(const turbo_query_row (&rows)[2]) const {
+    __device__ __forceinline__ void store(const turbo_query_row (&rows)[2], bool is_final) const {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             if (rows[r].index >= op.n_rows()) {
@@ -710,7 +715,7 @@ template<int K, int V, int CHUNKS> struct turbo_attention {
             }
             float * to;
             float   factor = 1.0f;
-            if (op.n_ranges == 1) {
+            if (is_final) {
                 const float divisor = turbo_divisor(op, rows[r].head, reference[r], total[r]);
                 factor = divisor == 0.0f ? 0.0f : 1.0f/divisor;
                 to     = rows[r].dst(op);

@@ -3,7 +3,7 @@
 // From an attention node of ggml to launches of kernels: what is supported, how keys and rows are divided among blocks of
 // threads. No call of CUDA's: the emulator takes this, too.
 
-#include "turbo-attention.cuh"
+#include "turbo-prefill.cuh"
 
 #include "ggml-turbo.h"
 #include "ops/turbo-window.h"
@@ -21,6 +21,7 @@ struct turbo_attention_launch {
     turbo_attention_part part;
     int    k, v;   // bits of the types of keys and values, 0 for stock types
     int    chunks; // that a warp has of a head
+    int    slab_keys; // 0, or: keys are unpacked so many at a time (turbo-prefill.cuh)
     int    blocks, threads;
     int    shared_bytes;
 };
@@ -31,8 +32,14 @@ struct turbo_attention_plan {
     turbo_attention_launch parts[3];
 
     int64_t rows() const { return (int64_t) op.n_rows()*op.n_kv_heads*op.n_streams; } // blocks of turbo_combine
-    size_t partial_floats() const { return op.n_ranges == 1 ? 0 : rows()*op.n_ranges*op.size_v; }
-    size_t partial_sums() const { return op.n_ranges == 1 ? 0 : rows()*op.n_ranges; }
+    bool   has_partials() const { return op.n_ranges > 1 || (parts[0].slab_keys > 0 && parts[0].slab_keys < parts[0].part.n_keys); }
+    size_t partial_floats() const { return has_partials() ? rows()*op.n_ranges*op.size_v : 0; }
+    size_t partial_sums() const { return has_partials() ? rows()*op.n_ranges : 0; }
+    size_t slab_words() const { // of keys, and as many of values
+        const turbo_attention_launch & cache = parts[0];
+        const int keys = std::min(cache.slab_keys, cache.part.n_keys), tiles = (keys + TURBO_TILE_KEYS - 1)/TURBO_TILE_KEYS;
+        return (size_t) op.n_streams/op.stream_group*op.n_kv_heads*tiles*cache.chunks*turbo_slab_words;
+    }
 };
 
 // Bits of keys and of values, 0 for stock types; chunks. Kernels of two chunks are for heads of 128.
@@ -188,6 +195,30 @@ static inline int turbo_plan_warps(const turbo_attention_launch & launch, int sl
     return warps;
 }
 
+// Whether so many rows attend to a cache that unpacking it once for all is less work than decoding it for each 16.
+static constexpr int turbo_slab_rows = 64, turbo_slab_warps = 8;
+
+// Keys of a slab of all streams together: memory that is the same for any context.
+#if !defined(TURBO_SLAB_KEYS) // tests have smaller ones
+#define TURBO_SLAB_KEYS 8192
+#endif
+
+static inline bool turbo_plan_slab(const turbo_attention_op & op, turbo_attention_launch & launch) {
+    if (op.n_rows() < turbo_slab_rows || op.size_k != op.size_v || (op.size_k != QK_TURBO && op.size_k != 2*QK_TURBO)) {
+        return false;
+    }
+    const int64_t rows = TURBO_TILE_ROWS*turbo_slab_warps, blocks = (op.n_rows() + rows - 1)/rows*op.n_kv_heads*op.n_streams;
+    launch.chunks    = op.size_k/QK_TURBO;
+    launch.slab_keys = std::max(TURBO_SLAB_KEYS/(op.n_streams/op.stream_group), 64)/TURBO_TILE_KEYS*TURBO_TILE_KEYS;
+    launch.threads   = 32*turbo_slab_warps;
+    launch.blocks    = blocks <= INT32_MAX ? (int) blocks : 0;
+    launch.shared_bytes = 4*(launch.chunks == 2 ? turbo_slab_attention<2>::shared_words(turbo_slab_warps)
+                                                : turbo_slab_attention<1>::shared_words(turbo_slab_warps));
+    launch.part.range_keys = launch.part.n_keys;
+    launch.part.n_ranges   = 1;
+    return true;
+}
+
 // Divides keys into ranges, so that there are blocks of threads for all multiprocessors. It depends on shapes alone.
 static inline void turbo_plan_part(const turbo_attention_op & op, turbo_attention_launch & launch, const turbo_device & device) {
     turbo_attention_part & part = launch.part;
@@ -255,7 +286,9 @@ static inline turbo_attention_plan turbo_plan_attention(const ggml_tensor * node
         }
         launch.k = turbo_bits(p.k->type), launch.v = turbo_bits(p.v->type);
         part.first_range = op.n_ranges;
-        turbo_plan_part(op, launch, device);
+        if (i > 0 || !turbo_plan_slab(op, launch)) {
+            turbo_plan_part(op, launch, device);
+        }
         op.n_ranges += part.n_ranges;
     }
     return plan;

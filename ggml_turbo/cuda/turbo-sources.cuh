@@ -39,6 +39,12 @@ static __device__ __forceinline__ void turbo_copy_async(uint32_t * to, const cha
         :: "r"((uint32_t) __cvta_generic_to_shared(to)), "l"(from) : "memory");
 }
 
+// Four words, aligned to 16 bytes.
+static __device__ __forceinline__ void turbo_copy_quad_async(uint32_t * to, const uint32_t * from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
+        :: "r"((uint32_t) __cvta_generic_to_shared(to)), "l"(from) : "memory");
+}
+
 // Ends a group of copies.
 static __device__ __forceinline__ void turbo_commit_copies() {
     asm volatile("cp.async.commit_group;" ::: "memory");
@@ -53,6 +59,10 @@ static __device__ __forceinline__ void turbo_wait_for_copies() {
 
 static __device__ __forceinline__ void turbo_copy_async(uint32_t * to, const char * from) {
     *to = *(const uint32_t *) from;
+}
+
+static __device__ __forceinline__ void turbo_copy_quad_async(uint32_t * to, const uint32_t * from) {
+    *(uint4 *) to = *(const uint4 *) from;
 }
 
 static __device__ __forceinline__ void turbo_commit_copies() {}

@@ -88,6 +88,14 @@ inline void turbo_copy_async(uint32_t * to, const char * from) {
         *to = *word;
     }
 }
+inline void turbo_copy_quad_async(uint32_t * to, const uint32_t * from) {
+    if (((uintptr_t) to | (uintptr_t) from) % 16 != 0) {
+        simt::fail("copies 16 bytes that are not aligned");
+    }
+    for (int i = 0; i < 4; ++i) {
+        turbo_copy_async(to + i, (const char *) (from + i));
+    }
+}
 inline void turbo_commit_copies() { simt::own_copies().groups.emplace_back(); }
 inline void turbo_wait_for_copies() {
     auto & groups = simt::own_copies().groups;
