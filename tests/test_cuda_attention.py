@@ -177,6 +177,13 @@ def cases() -> list[Case]:
         ))  # fmt: skip
     for i, types in enumerate([("turbo4", "turbo4"), *(pair for pair in PAIRS if "turbo3" in pair)]):
         found.append(Case(types, SIZES[i % 3], 2, 4, keys=200, mask="window", hostile=True, schedule=i % 3))
+    for i, types in enumerate([*itertools.product(TURBO, TURBO), *(pair for pair in PAIRS if "turbo4" in pair and set(pair) & set(STOCK))]):
+        found.append(Case(
+            types, ((128, 128), (64, 64))[i % 2], (33, 16, 20)[i % 3], (4, 8, 5)[i % 3], kv_heads=1 + i % 2, sequences=1 + (i % 4 == 1),
+            keys=(200, 97, 300, 77)[i % 4], mask=("window", "blind", "scattered", "distance")[i % 4], max_bias=8.0 * (i % 4 == 3),
+            softcap=20.0 * (i % 5 == 4), sinks=i % 2 == 0, kind=("gaussian", "large token")[i % 3 % 2], hostile=i % 4 == 0,
+            window=(37, 8, 3) if i % 8 in (2, 4) else None, schedule=i % 3, late=2 * (i % 2),
+        ))  # fmt: skip
     for i, type in enumerate(TURBO):
         found.append(Case((type, type), (128, 128), group=8, keys=150, any_values=True, schedule=i))
         found.append(Case((type, type), (64, 64), kv_heads=3, group=3, keys=700, queries=2, schedule=i, device=(860, 30, 101376)))
@@ -213,6 +220,8 @@ def is_right(case: Case, result: np.ndarray) -> bool:
 
 # ---- tests ----
 
+SMALL_SLABS = "-DTURBO_SLAB_KEYS=96"
+
 
 @pytest.fixture(scope="module")
 def emulator(tmp_path_factory) -> Path:
@@ -225,7 +234,7 @@ def emulator(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def results(emulator) -> dict[str, np.ndarray | str]:
     """Of all cases, or what was said instead, with every access of memory checked."""
-    program = gpu_compilers.emulate(emulator, "attention", PROGRAM, checked=True)
+    program = gpu_compilers.emulate(emulator, "attention", PROGRAM, SMALL_SLABS, checked=True)
 
     def shard(many: list[Case]) -> dict[str, np.ndarray | str]:
         found: dict[str, np.ndarray | str] = {}
@@ -282,14 +291,22 @@ PLANTED = {
     "no unit for large values": ("turbo-attention.cuh", "        fit_unit(scale);\n", "", ""),
     "a row late by no half": ("turbo-attention.cuh", "odd_values[i] = (uintptr_t) (v + i*part.v.key) >> 1 & 1;", "odd_values[i] = 0;", ""),
     "cells that nobody sees": ("turbo-attention.cuh", "sees >> n & 1 ? halves[c][n][j] : 0", "halves[c][n][j]", ""),
+    "a slab that begins anew": ("turbo-prefill.cuh", "if (!slab.is_first) {", "if (false) {", ""),
+    "the mask of another slab": ("turbo-attention.cu", "part.mask.data ? part.mask.data + first : nullptr", "part.mask.data", ""),
+    "a removed barrier before a slab's stage is written": ("turbo-prefill.cuh", "            __syncthreads(); // the stage is read\n", "", "race"),
+    "a removed barrier before a slab's stage is read": (
+        "turbo-prefill.cuh", "            turbo_wait_for_copies();\n            __syncthreads();", "            turbo_wait_for_copies();",
+        "race|nothing has written",
+    ),
     "keys behind the end": ("turbo-attention.cuh", "there < 1 ? TURBO_MASKED", "there < 0 ? TURBO_MASKED", "of an input of|"),
 }  # fmt: skip
 
-SOME = [
+SOME = [  # copies are early in the second and the fourth
     Case(("turbo4", "turbo4"), (128, 128), queries=3, group=8, kv_heads=2, keys=333, mask="scattered", any_values=True),
-    Case(("turbo4", "turbo4"), (128, 128), keys=120, mask="window", sinks=True, hostile=True, window=(37, 8, 3), schedule=1),
+    Case(("turbo4", "turbo4"), (128, 128), queries=17, keys=200, mask="distance", max_bias=8.0),
     Case(("turbo4", "turbo4"), (192, 192), queries=2, group=5, keys=300, schedule=2, device=(860, 1, 101376)),
     Case(("turbo4", "turbo4"), (64, 64), group=3, keys=651, schedule=1, mask="none", device=(900, 1, 232448)),
+    Case(("turbo4", "turbo4"), (128, 128), keys=120, mask="window", sinks=True, hostile=True, window=(37, 8, 3), schedule=1),
 ]
 SOME_KERNELS = "-DTURBO_ATTENTION_KERNELS(X)=X(4, 4, 2) X(4, 4, 1) X(0, 0, 1)"
 
@@ -307,7 +324,7 @@ def planted(emulator, tmp_path_factory) -> dict[str, tuple[list[np.ndarray], str
             (folder / "cuda" / name).write_text(text.replace(right, wrong))
         for stem in ("core", "accesses"):
             (folder / f"{stem}.o").symlink_to(emulator / f"{stem}.o")
-        return run(gpu_compilers.emulate(folder, "planted", PROGRAM, f"-I{folder}", SOME_KERNELS, checked=True), SOME)
+        return run(gpu_compilers.emulate(folder, "planted", PROGRAM, f"-I{folder}", SOME_KERNELS, SMALL_SLABS, checked=True), SOME)
 
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(["", *PLANTED], pool.map(plant, ["", *PLANTED]), strict=True))

@@ -124,6 +124,35 @@ struct turbo_query_row {
     }
 };
 
+// The index of the block of threads. It is read anew each time, so that what is found from it before a loop need not stay in
+// registers until it is found again behind the loop.
+static __device__ __forceinline__ int turbo_block() {
+#if defined(__CUDA_ARCH__) && !defined(GGML_USE_HIP)
+    int index;
+    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
+    return index;
+#else
+    return (int) blockIdx.x;
+#endif
+}
+
+// What a block works on. The KV heads of a token lie side by side, so blocks that are neighbours read the same lines of memory.
+struct turbo_place {
+    int kv_head, range, tile, stream; // range: of the part
+
+    __device__ __forceinline__ turbo_place(const turbo_attention_op & op, const turbo_attention_part & part) {
+        int i = turbo_block();
+        kv_head = i % op.n_kv_heads, i /= op.n_kv_heads;
+        range   = i % part.n_ranges, i /= part.n_ranges;
+        tile    = i % op.n_tiles(),  stream = i/op.n_tiles();
+    }
+
+    // Row g or g + 8 of a lane.
+    __device__ __forceinline__ turbo_query_row row(const turbo_attention_op & op, int r) const {
+        return turbo_query_row(op, stream, kv_head, TURBO_TILE_ROWS*tile + threadIdx.x % 32/4 + 8*r);
+    }
+};
+
 // What a warp multiplies a row's products and its mask with, and where the mask is. In shared memory: registers are few.
 struct turbo_row_factors {
     float    product, slope;
@@ -180,7 +209,6 @@ template<int K, int V, int CHUNKS> struct turbo_attention {
     uint32_t * const shared, * own;    // own: of this warp
     const int  lane, g, t, warp, warps;
     const int  slices, slice;          // the warps that share keys, and which this one is
-    const int  range;                  // of all
     const bool has_keys, has_values;   // its chunk is one of the head's
     const turbo_banked_table table;
 
@@ -191,10 +219,10 @@ template<int K, int V, int CHUNKS> struct turbo_attention {
     float    out[CHUNKS][8][4];        // in units, a power of two
     float    inverse_unit;
 
-    __device__ __forceinline__ turbo_attention(const turbo_attention_op & op, const turbo_attention_part & part, uint32_t * shared, int range)
+    __device__ __forceinline__ turbo_attention(const turbo_attention_op & op, const turbo_attention_part & part, uint32_t * shared)
         : op(op), part(part), shared(shared), lane(threadIdx.x % 32), g(lane/4), t(lane % 4), warp(threadIdx.x/32),
           warps(blockDim.x/32), slices(sliced ? (max(op.size_k, op.size_v) + QK_TURBO - 1)/QK_TURBO : 1),
-          slice(slices > 1 ? warp : 0), range(range), has_keys(!sliced || QK_TURBO*slice < op.size_k),
+          slice(slices > 1 ? warp : 0), has_keys(!sliced || QK_TURBO*slice < op.size_k),
           has_values(!sliced || QK_TURBO*slice < op.size_v), table(shared + before_table(), lane) {
         own = shared + memory_of(warp, before_table());
     }
@@ -566,7 +594,10 @@ template<int K, int V, int CHUNKS> struct turbo_attention {
 
     // ---- all of it ----
 
-    __device__ __forceinline__ void run(int kv_head, int stream, const turbo_query_row (&rows)[2], int begin, int end) {
+    __device__ __forceinline__ void run() {
+        const turbo_place place(op, part);
+        const turbo_query_row rows[2] = { place.row(op, 0), place.row(op, 1) };
+        const int begin = place.range*part.range_keys, end = min(begin + part.range_keys, part.n_keys);
         if constexpr (table_words > 0) {
             turbo_fill_banked_table<K, V>(shared + before_table());
         }
@@ -576,9 +607,9 @@ template<int K, int V, int CHUNKS> struct turbo_attention {
         load_queries(rows);
         __syncthreads();
 
-        const int    kv_stream = stream/op.stream_group;
-        const char * k = part.k.data + kv_head*part.k.head + kv_stream*part.k.stream;
-        const char * v = part.v.data + kv_head*part.v.head + kv_stream*part.v.stream;
+        const int    kv_stream = place.stream/op.stream_group;
+        const char * k = part.k.data + place.kv_head*part.k.head + kv_stream*part.k.stream;
+        const char * v = part.v.data + place.kv_head*part.v.head + kv_stream*part.v.stream;
         int odd_keys[2] = { 0, 0 }, odd_values[2] = { 0, 0 };
         if constexpr (K != 0) {
             k += slice*TURBO_BLOCK_BYTES(K);
@@ -653,7 +684,9 @@ template<int K, int V, int CHUNKS> struct turbo_attention {
             merge_warps();
         }
         if (slices > 1 || warp == 0) {
-            store(rows, op.n_ranges == 1);
+            const turbo_place again(op, part);
+            const turbo_query_row its_rows[2] = { again.row(op, 0), again.row(op, 1) };
+            store(its_rows, part.first_range + again.range, op.n_ranges == 1);
         }
     }
 
@@ -707,7 +740,7 @@ template<int K, int V, int CHUNKS> struct turbo_attention {
         }
     }
 
-    __device__ __forceinline__ void store(const turbo_query_row (&rows)[2], bool is_final) const {
+    __device__ __forceinline__ void store(const turbo_query_row (&rows)[2], int range, bool is_final) const {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             if (rows[r].index >= op.n_rows()) {
@@ -741,22 +774,10 @@ template<int K, int V, int CHUNKS> struct turbo_attention {
 
 // ---- kernels ----
 
-// Blocks of the grid: the KV heads of a token lie side by side, so neighbours read the same lines of memory.
 template<int K, int V, int CHUNKS>
 static __global__ void __launch_bounds__(384) turbo_attend(const turbo_attention_op op, const turbo_attention_part part) {
     extern __shared__ __align__(16) uint32_t turbo_attention_memory[];
-    int i = blockIdx.x;
-    const int kv_head = i % op.n_kv_heads;
-    i /= op.n_kv_heads;
-    const int range = i % part.n_ranges;
-    i /= part.n_ranges;
-    const int tile = i % op.n_tiles(), stream = i/op.n_tiles();
-
-    const int row = TURBO_TILE_ROWS*tile + threadIdx.x % 32/4;
-    const turbo_query_row rows[2] = { turbo_query_row(op, stream, kv_head, row), turbo_query_row(op, stream, kv_head, row + 8) };
-    const int begin = range*part.range_keys;
-    turbo_attention<K, V, CHUNKS> attention(op, part, turbo_attention_memory, part.first_range + range);
-    attention.run(kv_head, stream, rows, begin, min(begin + part.range_keys, part.n_keys));
+    turbo_attention<K, V, CHUNKS>(op, part, turbo_attention_memory).run();
 }
 
 // One softmax over all ranges of keys. A block of threads is a row, blocks are rows of all streams.

@@ -150,7 +150,7 @@ template<int CHUNKS> struct turbo_slab_attention : turbo_attention<0, 0, CHUNKS>
     static __host__ __device__ int shared_words(int warps) { return warps*base::warp_words + 4*part_words; }
 
     __device__ __forceinline__ turbo_slab_attention(const turbo_attention_op & op, const turbo_attention_part & part, uint32_t * shared)
-        : base(op, part, shared, part.first_range) {}
+        : base(op, part, shared) {}
 
     __device__ __forceinline__ uint32_t * stage(int i) const { return shared + warps*base::warp_words + 2*i*part_words; }
 
@@ -209,7 +209,7 @@ template<int CHUNKS> struct turbo_slab_attention : turbo_attention<0, 0, CHUNKS>
             if (rows[r].index >= op.n_rows()) {
                 continue;
             }
-            const int64_t i = rows[r].of_all(op)*op.n_ranges + base::range;
+            const int64_t i = rows[r].of_all(op)*op.n_ranges + part.first_range;
             const float2 sums = op.partial_sums[i];
             reference[r] = sums.x;
             total[r]     = t == 0 ? sums.y : 0.0f; // of all lanes
@@ -273,12 +273,12 @@ template<int CHUNKS> struct turbo_slab_attention : turbo_attention<0, 0, CHUNKS>
             __syncthreads(); // the stage is read
         }
         base::finish();
-        base::store(rows, op.n_ranges == 1 && slab.is_last);
+        base::store(rows, part.first_range, op.n_ranges == 1 && slab.is_last);
     }
 };
 
 template<int CHUNKS>
-static __global__ void __launch_bounds__(256) turbo_attend_slab(const turbo_attention_op op, const turbo_attention_part part, const turbo_slab slab) {
+static __global__ void __launch_bounds__(256, 1) turbo_attend_slab(const turbo_attention_op op, const turbo_attention_part part, const turbo_slab slab) {
     extern __shared__ __align__(16) uint32_t turbo_attention_memory[];
     const int rows_of_block = blockDim.x/32*TURBO_TILE_ROWS, n_blocks = (op.n_rows() + rows_of_block - 1)/rows_of_block;
     const int block = blockIdx.x % n_blocks, kv_head = blockIdx.x/n_blocks % op.n_kv_heads, stream = blockIdx.x/n_blocks/op.n_kv_heads;
