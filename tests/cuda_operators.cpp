@@ -11,6 +11,10 @@
 
 #include "check_vectors.h"
 
+// Attention has a program of its own, simt/attention.cpp: its kernels take long to compile.
+bool turbo_takes_attention(int, const ggml_tensor *) { return false; }
+void turbo_compute_attention(ggml_backend_cuda_context &, ggml_tensor *) {}
+
 #include <cstdio>
 #include <random>
 #include <string>

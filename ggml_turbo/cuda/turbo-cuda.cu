@@ -1,6 +1,7 @@
 #include "turbo-operators.h"
 
 #include "ggml-cuda/common.cuh"
+#include "ops/turbo-window.h"
 
 static bool turbo_takes_any(int device, const ggml_tensor * op) {
     GGML_UNUSED(device);
@@ -10,24 +11,26 @@ static bool turbo_takes_any(int device, const ggml_tensor * op) {
 
 // Everything that devices do with our types. A node is computed by the first line that takes it.
 static const turbo_operator turbo_operators[] = {
-    { GGML_OP_SET_ROWS,   turbo_takes_set_rows, turbo_set_rows },
-    { GGML_OP_GET_ROWS,   turbo_takes_get_rows, turbo_get_rows },
-    { GGML_OP_CPY,        turbo_takes_encoding, turbo_copy_encoded },
-    { GGML_OP_CPY,        turbo_takes_decoding, turbo_copy_decoded },
-    { GGML_OP_CPY,        turbo_takes_copy,     turbo_copy_blocks },
-    { GGML_OP_DUP,        turbo_takes_copy,     turbo_copy_blocks },
-    { GGML_OP_CONT,       turbo_takes_copy,     turbo_copy_blocks },
-    { GGML_OP_MUL_MAT,    turbo_takes_mul_mat,  nullptr },
-    { GGML_OP_MUL_MAT_ID, turbo_takes_mul_mat,  nullptr },
-    { GGML_OP_NONE,       turbo_takes_any,      nullptr },
-    { GGML_OP_RESHAPE,    turbo_takes_any,      nullptr },
-    { GGML_OP_VIEW,       turbo_takes_any,      nullptr },
-    { GGML_OP_PERMUTE,    turbo_takes_any,      nullptr },
-    { GGML_OP_TRANSPOSE,  turbo_takes_any,      nullptr },
+    { GGML_OP_SET_ROWS,       turbo_takes_set_rows,  turbo_set_rows },
+    { GGML_OP_GET_ROWS,       turbo_takes_get_rows,  turbo_get_rows },
+    { GGML_OP_CPY,            turbo_takes_encoding,  turbo_copy_encoded },
+    { GGML_OP_CPY,            turbo_takes_decoding,  turbo_copy_decoded },
+    { GGML_OP_CPY,            turbo_takes_copy,      turbo_copy_blocks },
+    { GGML_OP_DUP,            turbo_takes_copy,      turbo_copy_blocks },
+    { GGML_OP_CONT,           turbo_takes_copy,      turbo_copy_blocks },
+    { GGML_OP_FLASH_ATTN_EXT, turbo_takes_attention, turbo_compute_attention },
+    { GGML_OP_CUSTOM,         turbo_takes_attention, turbo_compute_attention },
+    { GGML_OP_MUL_MAT,        turbo_takes_mul_mat,   nullptr },
+    { GGML_OP_MUL_MAT_ID,     turbo_takes_mul_mat,   nullptr },
+    { GGML_OP_NONE,           turbo_takes_any,       nullptr },
+    { GGML_OP_RESHAPE,        turbo_takes_any,       nullptr },
+    { GGML_OP_VIEW,           turbo_takes_any,       nullptr },
+    { GGML_OP_PERMUTE,        turbo_takes_any,       nullptr },
+    { GGML_OP_TRANSPOSE,      turbo_takes_any,       nullptr },
 };
 
 static bool turbo_is_ours(const ggml_tensor * op) {
-    bool ours = turbo_is_type(op->type);
+    bool ours = turbo_is_type(op->type) || turbo_is_window_attention(op);
     for (int i = 0; i < GGML_MAX_SRC; ++i) {
         ours = ours || (op->src[i] && turbo_is_type(op->src[i]->type));
     }

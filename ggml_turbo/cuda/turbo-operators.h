@@ -25,3 +25,7 @@ void turbo_copy_decoded(ggml_backend_cuda_context & context, ggml_tensor * op);
 bool turbo_takes_copy(int device, const ggml_tensor * op);
 void turbo_copy_blocks(ggml_backend_cuda_context & context, ggml_tensor * op);
 bool turbo_takes_mul_mat(int device, const ggml_tensor * op); // llama.cpp's code, with ggml_cuda_turbo_converter
+
+// turbo-attention.cu: FLASH_ATTN_EXT, and attention with a recent window, of any types
+bool turbo_takes_attention(int device, const ggml_tensor * op);
+void turbo_compute_attention(ggml_backend_cuda_context & context, ggml_tensor * op);
