@@ -195,13 +195,12 @@ def problems_with_window(draw, stock: tuple[str, ...] = ("f16", "q8_0")) -> Prob
     return replace(problem, window=window, mask=cache)
 
 
-def without_window(problem: Problem) -> Problem:
-    """The same in one cache of float32. Keys of the cache meet rounded queries, others do not: hence twice the size.
+def without_window(problem: Problem, rounded: np.ndarray) -> Problem:
+    """The same in one cache of float32. Keys of the cache meet `rounded` queries, others do not: hence twice the size.
 
     What a query adds to the products with keys of a tile is one more channel for each tile.
     """
     window = problem.window
-    rounded = rounded_queries(problem)
     k = attention_numpy.decode(problem.k, problem.type_k)
     more = np.concatenate([window.ring_k.astype(np.float32), window.new_k], axis=1)
     k = np.concatenate([np.concatenate([k, np.zeros_like(k)], -1), np.concatenate([np.zeros_like(more), more], -1)], 1)
@@ -228,7 +227,7 @@ def without_window(problem: Problem) -> Problem:
 
 
 def expected_with_window(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
-    exact, tolerance = expected(without_window(problem))
+    exact, tolerance = expected(without_window(problem, rounded_queries(problem)))
     if problem.type_v in TURBO:  # weights of 16 bits: half a step of the largest among 64 keys, for each of them
         tolerance = tolerance + 1.1e-3 * np.abs(attention_numpy.decode(problem.v, problem.type_v)).max()
     return exact, tolerance
@@ -243,7 +242,7 @@ def test_kernel_with_a_recent_window(problem: Problem, threads: int):
 @settings(many, max_examples=40)
 @given(problems_with_window(), st.integers(1, 5))
 def test_reference_of_the_recent_window(problem: Problem, threads: int):
-    alone = without_window(problem)
+    alone = without_window(problem, rounded_queries(problem))
     exact, tolerance = expected(replace(alone, q=problem.window.queries(np.concatenate([problem.q, problem.q], -1))))
     with Attention(problem, threads, reference=True) as attention:
         attention.run()

@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Tables of the turbo types for C, Metal, GLSL and Python, made from codebooks.toml.
+"""Tables of the turbo types for C, CUDA, Metal, GLSL and Python, made from codebooks.toml.
 
     python3 emit.py            # write them
     python3 emit.py --check    # only compare; exit 1 and name those that differ
 
-C (also C++, CUDA, HIP)    tables/turbo-types.h, the list of types, and tables/turbo-tables.h
+C (also C++)               tables/turbo-types.h, the list of types, and tables/turbo-tables.h
+CUDA, HIP                  tables/turbo-tables.cuh
 Metal                      tables/turbo-tables.metal
 GLSL                       tables/turbo-tables.glsl
 Python                     turbo_tables.py of the package
@@ -103,6 +104,28 @@ def _c(types: list[Type]) -> str:
     )
 
 
+def _cuda(types: list[Type]) -> str:
+    text = (
+        f"#pragma once\n\n// {NOTE}\n//\n"
+        "// a, b and p in words, four int8 entries each, the first lowest: constants of the code, for byte permutations.\n"
+        "// The codebook is in global memory: copy what a kernel needs to shared memory.\n\n"
+        "template<int K> struct turbo_tables;\n"
+    )
+    for kind in types:
+        words = "".join(
+            f"    static constexpr uint32_t {name}[4] = {{ {', '.join(_words(getattr(kind, name)))} }};\n" for name in "abp"
+        )
+        text += (
+            f"\nstatic const __device__ int8_t {kind.name}_codebook[256] = {_array(kind.codebook)};\n"
+            f"template<> struct turbo_tables<{kind.bits}> {{\n"
+            f"    static constexpr float rms_to_scale = {kind.rms_to_scale}f, max_to_scale = {kind.max_to_scale}f;\n"
+            f"{words}"
+            f"    static __device__ const int8_t * codebook() {{ return {kind.name}_codebook; }}\n"
+            "};\n"
+        )
+    return text
+
+
 def _metal(types: list[Type]) -> str:
     text = (
         f"// {NOTE}\n//\n"
@@ -189,6 +212,7 @@ def emitted(types: list[Type]) -> dict[Path, str]:
     return {
         tables / "turbo-types.h": _type_list(types),
         tables / "turbo-tables.h": _c(types),
+        tables / "turbo-tables.cuh": _cuda(types),
         tables / "turbo-tables.metal": _metal(types),
         tables / "turbo-tables.glsl": _glsl(types),
         PYTHON: _python(types),

@@ -1,0 +1,60 @@
+#include "turbo-operators.h"
+
+#include "ggml-cuda/common.cuh"
+#include "ops/turbo-window.h"
+
+static bool turbo_takes_any(int device, const ggml_tensor * op) {
+    GGML_UNUSED(device);
+    GGML_UNUSED(op);
+    return true;
+}
+
+// Everything that devices do with our types. A node is computed by the first line that takes it.
+static const turbo_operator turbo_operators[] = {
+    { GGML_OP_SET_ROWS,       turbo_takes_set_rows,  turbo_set_rows },
+    { GGML_OP_GET_ROWS,       turbo_takes_get_rows,  turbo_get_rows },
+    { GGML_OP_CPY,            turbo_takes_encoding,  turbo_copy_encoded },
+    { GGML_OP_CPY,            turbo_takes_decoding,  turbo_copy_decoded },
+    { GGML_OP_CPY,            turbo_takes_copy,      turbo_copy_blocks },
+    { GGML_OP_DUP,            turbo_takes_copy,      turbo_copy_blocks },
+    { GGML_OP_CONT,           turbo_takes_copy,      turbo_copy_blocks },
+    { GGML_OP_FLASH_ATTN_EXT, turbo_takes_attention, turbo_compute_attention },
+    { GGML_OP_CUSTOM,         turbo_takes_attention, turbo_compute_attention },
+    { GGML_OP_MUL_MAT,        turbo_takes_mul_mat,   nullptr },
+    { GGML_OP_MUL_MAT_ID,     turbo_takes_mul_mat,   nullptr },
+    { GGML_OP_NONE,           turbo_takes_any,       nullptr },
+    { GGML_OP_RESHAPE,        turbo_takes_any,       nullptr },
+    { GGML_OP_VIEW,           turbo_takes_any,       nullptr },
+    { GGML_OP_PERMUTE,        turbo_takes_any,       nullptr },
+    { GGML_OP_TRANSPOSE,      turbo_takes_any,       nullptr },
+};
+
+static bool turbo_is_ours(const ggml_tensor * op) {
+    bool ours = turbo_is_type(op->type) || turbo_is_window_attention(op);
+    for (int i = 0; i < GGML_MAX_SRC; ++i) {
+        ours = ours || (op->src[i] && turbo_is_type(op->src[i]->type));
+    }
+    return ours;
+}
+
+static const turbo_operator * turbo_find_operator(int device, const ggml_tensor * op) {
+    for (const turbo_operator & o : turbo_operators) {
+        if (o.op == op->op && o.takes(device, op)) {
+            return &o;
+        }
+    }
+    return nullptr;
+}
+
+int ggml_cuda_turbo_supports(int device, const ggml_tensor * op) {
+    return turbo_is_ours(op) ? turbo_find_operator(device, op) != nullptr : -1;
+}
+
+bool ggml_cuda_turbo_compute(ggml_backend_cuda_context & context, ggml_tensor * op) {
+    const turbo_operator * o = turbo_is_ours(op) ? turbo_find_operator(context.device, op) : nullptr;
+    if (!o || !o->compute) {
+        return false;
+    }
+    o->compute(context, op);
+    return true;
+}

@@ -1,0 +1,79 @@
+"""What programs do with a cache, once on the CPU and once with the cache on an emulated CUDA device.
+
+    python cuda_worker.py LIBRARY MODEL
+
+prints, as JSON, for each pair of cache types and each operation how far the logits of the two are apart, and how often
+the device's kernels ran. A crash ends this process, not the tests.
+"""
+
+import ctypes
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+import turboquant_gguf
+from sequences import Sequences
+from turboquant_gguf.llamacpp.cachetypes import CacheTypes
+from turboquant_gguf.llamacpp.logits import Model
+
+TYPES = (("turbo4", "turbo3"), ("turbo2", "turbo2"), ("turbo3", "turbo4"))
+TEXT = [int(token) for token in np.random.default_rng(1).integers(3, 250, 60)]
+
+
+def operations(path: Path, types: CacheTypes, model: Model) -> dict[str, np.ndarray]:
+    """The logits after each thing that happens to a cache; the name of the buffer it is in, as text."""
+    found = {}
+    with Sequences(path, types, model=model, window=0, length=128, sequences=4) as cache:
+        found["prompt"] = cache.prompt(TEXT[:24])
+        found["answer"] = cache.answer(TEXT[24:30], 24)
+        cache.copy(0, 1)
+        found["copy"] = cache.read((TEXT[30], 30, 0), (TEXT[31], 30, 1))
+        saved = cache.saved(1)
+        cache.remove(0, 5, 9)
+        cache.add(0, 9, -1, -4)
+        found["shift"] = cache.answer(TEXT[32:34], 27)
+        cache.restore(saved, 2)
+        found["restored sequence"] = cache.answer(TEXT[34:36], 31, 2)
+        whole = cache.saved_whole()
+        cache.clear()
+        cache.restore_whole(whole)
+        found["restored context"] = cache.answer(TEXT[36:38], 33, 2)
+        found["log"] = cache.log
+    return found
+
+
+def main() -> None:
+    library, path = Path(sys.argv[1]), Path(sys.argv[2])
+    ggml = ctypes.CDLL(str(Path(turboquant_gguf.__file__).parent / "lib" / "libggml.so"))
+    ggml.ggml_backend_load.restype = ctypes.c_void_p
+    assert ggml.ggml_backend_load(str(library).encode()), "the library cannot be loaded"
+    launches = ctypes.CDLL(str(library)).simt_launches
+    with Model(path) as model:
+        on_cpu = [operations(path, CacheTypes(*types), model) for types in TYPES]
+    with Model(path, gpu_layers=99) as model:
+        on_device = [operations(path, CacheTypes(*types), model) for types in TYPES]
+    apart = {
+        "/".join(types): {name: float(np.abs(cpu[name] - device[name]).max()) for name in cpu if name != "log"}
+        for types, cpu, device in zip(TYPES, on_cpu, on_device, strict=True)
+    }
+    kernels = [f"turbo_encode<{k}>" for k in (2, 3, 4)] + [f"turbo_decode<{k}, float>" for k in (2, 3, 4)]
+    print(
+        json.dumps(
+            {
+                "apart": apart,
+                "buffers": [
+                    "CPU KV buffer" in cpu["log"]
+                    and "CUDA0 KV buffer" in device["log"]
+                    and "CPU KV buffer" not in device["log"]
+                    for cpu, device in zip(on_cpu, on_device, strict=True)
+                ],
+                "launches": {name: launches(name.encode()) for name in kernels},
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

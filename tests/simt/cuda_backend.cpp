@@ -1,0 +1,35 @@
+// llama.cpp's CUDA back end, as a library that is loaded at run time, with a device that takes only what is ours: the
+// scheduler gives everything else to the CPU.
+
+#include "ggml-backend-impl.h"
+#include "ggml-cuda.h"
+
+#include "cuda/turbo-cuda.h"
+
+static bool (*supports)(ggml_backend_dev_t device, const ggml_tensor * op);
+
+static bool supports_only_ours(ggml_backend_dev_t device, const ggml_tensor * op) {
+    switch (op->op) {
+        case GGML_OP_NONE:
+        case GGML_OP_VIEW:
+        case GGML_OP_RESHAPE:
+        case GGML_OP_PERMUTE:
+        case GGML_OP_TRANSPOSE:
+            return supports(device, op);
+        case GGML_OP_MUL_MAT:
+        case GGML_OP_MUL_MAT_ID:
+            return false; // cuBLAS
+        default:
+            return ggml_cuda_turbo_supports(0, op) == 1 && supports(device, op);
+    }
+}
+
+extern "C" ggml_backend_reg_t ggml_backend_init() {
+    ggml_backend_reg_t reg = ggml_backend_cuda_reg();
+    for (size_t i = 0; i < ggml_backend_reg_dev_count(reg); ++i) {
+        ggml_backend_dev_t device = ggml_backend_reg_dev_get(reg, i);
+        supports = device->iface.supports_op;
+        device->iface.supports_op = supports_only_ours;
+    }
+    return reg;
+}
