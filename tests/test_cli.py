@@ -1,5 +1,6 @@
 """The command as users run it: a process of its own, its output and its exit code."""
 
+import importlib.metadata
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ import turboquant_gguf
 from sequences import window_slots
 from turboquant_gguf import cli
 from turboquant_gguf.core.tables import Shown
+from turboquant_gguf.llamacpp import bindings
 from turboquant_gguf.measure.demo import Measurement, table
 
 COMMAND = (sys.executable, "-m", "turboquant_gguf.cli")
@@ -57,6 +59,37 @@ def test_types():
     printed = run("types").stdout
     assert all(name in printed for name in known)
     assert max(map(len, printed.splitlines())) <= 80
+
+
+def test_version():
+    known = json.loads(run("version", "--json").stdout)
+    assert known["turboquant_gguf"] == importlib.metadata.version("turboquant-gguf")
+    assert known["llama_cpp_source"] in {"llama-cpp-python " + bindings.FITTING_RELEASE, f"ggml {known['ggml']}"}
+    assert known["instruction_set"] == turboquant_gguf.simd()
+    assert "CPU" in known["backends"]
+    first, *others = run("--version").stdout.splitlines()
+    assert first == f"turboquant-gguf {known['turboquant_gguf']}"
+    shown = dict(zip(["llama.cpp", "ggml", "compiler", "back ends", "instruction set"], others, strict=True))
+    assert all(line.startswith(name) for name, line in shown.items())
+    assert all(known[name] in shown["llama.cpp"] for name in ("llama_cpp", "llama_cpp_source"))
+    assert ", ".join(known["backends"]) in shown["back ends"]
+
+
+@pytest.mark.parametrize(
+    ("words", "completed"),
+    [
+        ("cali", {"calibrate"}),
+        ("bench --types turbo", {"turbo2", "turbo3", "turbo4"}),
+        ("ppl --types f16,q8_0:turbo3,q5", {"f16,q8_0:turbo3,q5_0", "f16,q8_0:turbo3,q5_1"}),
+        ("verify --types bf", {"bf16"}),
+    ],
+)
+def test_shells_complete(words, completed):
+    """As fish asks. bash takes a colon for the end of a word, and does without what is after it."""
+    line, begun = f"turboquant-gguf {words}", words.rpartition(" ")[2]
+    asked = {"_TURBOQUANT_GGUF_COMPLETE": "fish_complete", "COMP_WORDS": line, "COMP_CWORD": begun}
+    done = run(**asked)
+    assert {line.partition(",")[2].partition("\t")[0] for line in done.stdout.splitlines()} == completed
 
 
 def test_demo_as_json(smollm2):

@@ -2,6 +2,7 @@
 
 import re
 import signal
+import subprocess
 from pathlib import Path
 
 import httpx
@@ -10,7 +11,7 @@ import pytest
 import turboquant_gguf
 from sequences import window_slots
 from turboquant_gguf.errors import TurboquantError
-from turboquant_gguf.llamacpp import cachefacts, models, server
+from turboquant_gguf.llamacpp import cachefacts, models, native, provenance, server
 from turboquant_gguf.llamacpp.cachetypes import CacheTypes, UnknownTypeError
 from turboquant_gguf.llamacpp.toolerrors import tool_error
 
@@ -49,6 +50,18 @@ def test_cache_is_what_was_asked_for(start, pair):
     assert answer.tokens > 0 and answer.decode_speed > 0
     if "turbo2" not in pair:  # a model this small may lose the thread at 2 bits
         assert re.search("sky|light", answer.text)
+
+
+def test_it_says_what_it_is(start):
+    """Our version and the llama.cpp in it, where stock llama.cpp has its build number and commit."""
+    known = provenance.versions()
+    name = f"turboquant-gguf-{known['turboquant_gguf']}+{known['llama_cpp_source'].replace(' ', '-')}"
+    program = subprocess.run([native.tool_path("llama-server"), "--version"], capture_output=True, text=True, check=True)
+    assert name in program.stdout + program.stderr
+    with start() as running, httpx.Client(base_url=running.url, timeout=server.ANSWER_SECONDS, trust_env=False) as client:
+        assert name in client.get("/props").json()["build_info"]
+        answer = client.post("/v1/completions", json={"prompt": "Hello", "max_tokens": 1}).json()
+        assert name in answer["system_fingerprint"]
 
 
 def test_answer_arrives_piece_by_piece(start):

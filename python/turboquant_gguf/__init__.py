@@ -4,9 +4,9 @@ Importing this package makes llama-cpp-python, if it is imported later, use the 
 """
 
 from .codec import TurboType, dequantize, quantize, simd, types
-from .llamacpp import native
+from .llamacpp import bindings
 from .weights import converter
 
-native.point_llama_cpp_at_us()
+bindings.point_at_us()
 
 __all__ = ["TurboType", "converter", "dequantize", "quantize", "simd", "types"]

@@ -24,6 +24,8 @@ from .commands.report import report
 from .commands.sweep import command as sweep
 from .commands.types import types
 from .commands.verify import verify
+from .commands.version import show as show_version
+from .commands.version import version
 from .core import messages
 from .core.signals import unwind
 from .errors import TurboquantError
@@ -37,12 +39,19 @@ SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "sh
 
 
 @click.group(epilog=EPILOG, context_settings=SETTINGS)
-@click.version_option(package_name="turboquant-gguf", message="%(package)s %(version)s")
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=show_version,
+    help="Tell the versions, as `turboquant-gguf version` does, and exit.",
+)
 def cli() -> None:
     """Small KV caches for llama.cpp: the types turbo2, turbo3 and turbo4."""
 
 
-for command in (calibrate, convert, demo, inspect, recommend, report, sweep(), types, verify):
+for command in (calibrate, convert, demo, inspect, recommend, report, sweep(), types, verify, version):
     cli.add_command(command)
 for kind in KINDS.values():
     if kind.command in cli.commands:

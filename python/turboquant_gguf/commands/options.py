@@ -10,7 +10,7 @@ import click
 
 from ..core import callbacks
 from ..core.units import parse_size
-from ..llamacpp import recentwindow
+from ..llamacpp import cachetypes, recentwindow
 from ..report import plots
 from ..weights import remotecode
 
@@ -27,6 +27,7 @@ def types(default: Sequence[str], more: str = APART) -> Callable:
         default=",".join(default),
         show_default=", ".join(default),  # with blanks, where lines may break
         callback=lambda _context, _parameter, text: text.split(","),
+        shell_complete=cachetypes.complete,
         help=f"Cache types, separated by commas; {more}",
     )
 

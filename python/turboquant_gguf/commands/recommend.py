@@ -13,6 +13,7 @@ from rich.markup import escape
 
 from ..core import tables
 from ..core.units import size_text
+from ..llamacpp import cachetypes
 from ..measure import recommend as library
 from . import options
 
@@ -40,6 +41,7 @@ Examples:
 @click.option(
     "--types",
     callback=lambda _context, _parameter, text: text.split(",") if text else (),
+    shell_complete=cachetypes.complete,
     help="Cache types to choose from, separated by commas [default: all that have a prediction]",
 )
 @click.option(

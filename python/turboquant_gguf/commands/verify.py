@@ -11,6 +11,7 @@ import click
 from rich.console import Console
 from rich.markup import escape
 
+from ..llamacpp import cachetypes
 from ..weights import verify as library
 from . import options
 
@@ -32,7 +33,12 @@ Examples:
     help="The text to read [default: one in the package]",
 )
 @click.option("--tokens", type=click.IntRange(min=1), default=library.DEFAULT_TOKENS, help="How many tokens of it.")
-@click.option("--types", default="f32", help="KV-cache type of GGUFs; K:V sets keys and values apart.")
+@click.option(
+    "--types",
+    default="f32",
+    shell_complete=cachetypes.complete,
+    help="KV-cache type of GGUFs; K:V sets keys and values apart.",
+)
 @click.option(
     "--max-kl",
     type=click.FloatRange(min=0),

@@ -56,6 +56,12 @@ def supported() -> tuple[str, ...]:
     return (*STOCK, *ggml.turbo_types())
 
 
+def complete(_context: object, _parameter: object, text: str) -> list[str]:
+    """What a shell may make of the beginning of cache types, separated by commas or colons; click calls it."""
+    begin = max(text.rfind(","), text.rfind(":")) + 1
+    return [text[:begin] + name for name in supported() if name.startswith(text[begin:])]
+
+
 def _known(name: str) -> str:
     if name in supported():
         return name

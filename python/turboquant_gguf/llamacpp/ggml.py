@@ -112,6 +112,7 @@ _quantize_row = (None, c_void_p, c_void_p, c_int64)
 # library -> function -> result, arguments
 _PROTOTYPES: dict[str, dict[str, tuple]] = {
     "ggml-base": {
+        "ggml_version": (c_char_p,),
         "ggml_type_name": (c_char_p, c_int),
         "ggml_type_size": (c_size_t, c_int),
         "ggml_blck_size": (c_int64, c_int),
@@ -136,6 +137,7 @@ _PROTOTYPES: dict[str, dict[str, tuple]] = {
         "ggml_backend_graph_compute": (c_int, c_void_p, c_void_p),
         "ggml_backend_free": (None, c_void_p),
         "ggml_backend_dev_description": (c_char_p, c_void_p),
+        "ggml_backend_reg_name": (c_char_p, c_void_p),
         "ggml_log_get": (None, c_void_p, c_void_p),
         "ggml_log_set": (None, c_void_p, c_void_p),
         "gguf_init_from_file": (c_void_p, c_char_p, GGUFInitParams),
@@ -164,6 +166,8 @@ _PROTOTYPES: dict[str, dict[str, tuple]] = {
         "turbo_window_attention": (c_void_p, c_void_p, POINTER(c_void_p), c_float, c_float, c_float),
     },
     "ggml": {
+        "ggml_backend_reg_count": (c_size_t,),
+        "ggml_backend_reg_get": (c_void_p, c_size_t),
         "ggml_backend_dev_count": (c_size_t,),
         "ggml_backend_dev_get": (c_void_p, c_size_t),
     },
@@ -176,6 +180,7 @@ _PROTOTYPES: dict[str, dict[str, tuple]] = {
         **{f"dequantize_row_{name}_cpu": _quantize_row for name in NAMES},
     },
     "llama": {
+        "llama_version": (c_char_p,),
         "llama_turbo_set_next": (c_bool, POINTER(ContextParams)),
         "turbo_memory_open": (c_void_p, c_char_p),
         "turbo_memory_close": (None, c_void_p),

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ..core.owner import Owner
 from ..core.signals import deferred
 from ..errors import TurboquantError
-from . import cachefacts, ggml
+from . import bindings, cachefacts, ggml
 from .cachetypes import CacheTypes
 from .recentwindow import RecentWindow, set_next
 from .toolerrors import check_model_file, tool_error
@@ -38,7 +38,7 @@ class Model(Owner):
 
     def __init__(self, path: Path, *, gpu_layers: int = 0, vocabulary_only: bool = False) -> None:
         check_model_file(path)
-        self.bindings = llama = _bindings()
+        self.bindings = llama = bindings.load()
         params = llama.llama_model_default_params()
         params.n_gpu_layers = gpu_layers
         params.vocab_only = vocabulary_only
@@ -192,14 +192,3 @@ def _captured_log(llama: ModuleType) -> Iterator[list[str]]:
 def _cores() -> int:
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 4
     return available if available <= 4 else available // 2  # above that, half of them are taken for hyperthreads
-
-
-def _bindings() -> ModuleType:
-    try:
-        from llama_cpp import llama_cpp
-    except ModuleNotFoundError as error:
-        raise TurboquantError(
-            "This needs llama-cpp-python. Install it without a second llama.cpp: CMAKE_ARGS=-DLLAMA_BUILD=OFF "
-            "pip install 'turboquant-gguf[python]'"
-        ) from error
-    return llama_cpp

@@ -27,11 +27,6 @@ def library_dir() -> Path:
     return PACKAGE / ("bin" if sys.platform == "win32" else "lib")
 
 
-def point_llama_cpp_at_us() -> None:
-    """Makes llama-cpp-python load the libraries of this package, unless the user has chosen others."""
-    os.environ.setdefault("LLAMA_CPP_LIB_PATH", str(library_dir()))
-
-
 def run_tool() -> NoReturn:
     """Becomes the program that has the name this process was started under: the entry point of every llama.cpp tool."""
     name = Path(sys.argv[0]).name.removesuffix(".exe")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import platform
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ..core import filehash
+from ..core import filehash, texts
 from . import ggml, recentwindow
 from .ggufile import GGUFModel
 
@@ -47,6 +48,25 @@ def model(path: Path, console: Console | None = None) -> dict:
 def build() -> dict:
     """The versions of this package and of the libraries that compute, and what `switches` returns."""
     return {"turboquant_gguf": version("turboquant-gguf"), "llama_cpp": _libraries()} | switches()
+
+
+def versions() -> dict:
+    """What this package is: its version, the llama.cpp and the ggml in it, their compiler, and what they compute with.
+
+    llama_cpp_source: where its sources are from. backends: those in this build. instruction_set: of the CPU's codec.
+    """
+    built = json.loads(texts.bundled("build.json"))
+    count = ggml.function("ggml_backend_reg_count")()
+    backends = [ggml.function("ggml_backend_reg_get")(number) for number in range(count)]
+    return {
+        "turboquant_gguf": version("turboquant-gguf"),
+        "llama_cpp": ggml.function("llama_version")().decode(),
+        "llama_cpp_source": built["llama_cpp"],
+        "ggml": ggml.function("ggml_version")().decode(),
+        "compiler": built["compiler"],
+        "backends": [ggml.function("ggml_backend_reg_name")(backend).decode() for backend in backends],
+        "instruction_set": ggml.function("turbo_cpu_simd")().decode(),
+    }
 
 
 def switches() -> dict[str, str]:
