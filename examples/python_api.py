@@ -11,8 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-import turboquant_gguf  # before llama_cpp, so that it uses the llama.cpp of this package
-from llama_cpp import Llama
+import turboquant_gguf
 from turboquant_gguf.core import texts
 from turboquant_gguf.llamacpp import models
 from turboquant_gguf.llamacpp.cachetypes import CacheTypes
@@ -32,6 +31,8 @@ def show_blocks() -> None:
 
 def chat(path: Path) -> None:
     """Ask a question through llama-cpp-python's own class."""
+    from llama_cpp import Llama  # after turboquant_gguf, which makes it use the llama.cpp of this package
+
     number = {kind.name: kind.ggml_type for kind in turboquant_gguf.types()}["turbo4"]
     model = Llama(str(path), n_ctx=1024, type_k=number, type_v=number, flash_attn=True, verbose=False)
     question = [{"role": "user", "content": "Why is the sky blue?"}]

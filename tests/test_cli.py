@@ -8,11 +8,13 @@ import socket
 import subprocess
 import sys
 import time
+from importlib.resources import files
 
 import pytest
 from rich.console import Console
 
 import turboquant_gguf
+from conftest import ROOT
 from sequences import window_slots
 from turboquant_gguf import cli
 from turboquant_gguf.core.tables import Shown
@@ -73,6 +75,13 @@ def test_version():
     assert all(line.startswith(name) for name, line in shown.items())
     assert all(known[name] in shown["llama.cpp"] for name in ("llama_cpp", "llama_cpp_source"))
     assert ", ".join(known["backends"]) in shown["back ends"]
+
+
+def test_what_is_published_beside_the_code():
+    """Type hints, for checkers of types; and the version in CITATION.cff, which nothing else reads."""
+    assert files("turboquant_gguf").joinpath("py.typed").is_file()
+    version = importlib.metadata.version("turboquant-gguf")
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 @pytest.mark.parametrize(

@@ -56,11 +56,14 @@ def test_it_says_what_it_is(start):
     """Our version and the llama.cpp in it, where stock llama.cpp has its build number and commit."""
     known = provenance.versions()
     name = f"turboquant-gguf-{known['turboquant_gguf']}+{known['llama_cpp_source'].replace(' ', '-')}"
-    program = subprocess.run([native.tool_path("llama-server"), "--version"], capture_output=True, text=True, check=True)
-    assert name in program.stdout + program.stderr
-    with start() as running, httpx.Client(base_url=running.url, timeout=server.ANSWER_SECONDS, trust_env=False) as client:
-        assert name in client.get("/props").json()["build_info"]
-        answer = client.post("/v1/completions", json={"prompt": "Hello", "max_tokens": 1}).json()
+    command = [native.tool_path("llama-server"), "--version"]
+    said = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True)
+    assert name in said.stdout
+    request = {"prompt": "Hello", "max_tokens": 1}
+    with start() as running:
+        options = {"timeout": server.ANSWER_SECONDS, "trust_env": False}
+        assert name in httpx.get(f"{running.url}/props", **options).json()["build_info"]
+        answer = httpx.post(f"{running.url}/v1/completions", json=request, **options).json()
         assert name in answer["system_fingerprint"]
 
 

@@ -18,7 +18,7 @@ LIBRARIES = "LLAMA_CPP_LIB_PATH"
 
 _PACKAGE = "llama-cpp-python"
 
-FITTING_RELEASE = next(filter(None, (re.match(f"{_PACKAGE}==([^ ;]+)", text) for text in requires("turboquant-gguf"))))[1]
+FITTING_RELEASE = re.search(rf"^{_PACKAGE}==([^ ;]+)", "\n".join(requires("turboquant-gguf")), re.MULTILINE)[1]
 """The one that the extra "python" asks for."""
 
 _INSTALL = "CMAKE_ARGS=-DLLAMA_BUILD=OFF pip install 'turboquant-gguf[python]'"
@@ -34,9 +34,7 @@ def load() -> ModuleType:
     try:
         from llama_cpp import llama_cpp
     except ModuleNotFoundError as error:
-        raise TurboquantError(
-            f"This needs {_PACKAGE}. Install it without a second llama.cpp: {_INSTALL}"
-        ) from error
+        raise TurboquantError(f"This needs {_PACKAGE}. Install it without a second llama.cpp: {_INSTALL}") from error
     return llama_cpp
 
 
