@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import gpu_compilers
-from test_attention import as_input, mask_of, values, without_window
+from test_attention import as_input, grafted, mask_of, values, without_window  # noqa: F401 (grafted is a fixture)
 from turboquant_gguf.codec import attention_numpy
 from turboquant_gguf.codec.attention import Problem, Window
 from turboquant_gguf.llamacpp import ggml
@@ -340,3 +340,36 @@ def test_planted_faults_are_seen(planted, fault: str):
         assert re.search(PLANTED[fault][3], said), said or right
     else:
         assert not said and not right, said
+
+
+# ---- the compilers ----
+
+UNIT = gpu_compilers.SOURCE / "cuda" / "turbo-attention.cu"
+COMPILED = "-DTURBO_ATTENTION_KERNELS(X)=X(2, 2, 2) X(3, 3, 2) X(4, 4, 2) X(4, 4, 1)"
+# The most registers of a thread. With 168, a multiprocessor has room for 12 warps.
+REGISTERS = {"turbo_attend_slab": 192, "turbo_attend": 168, "turbo_unpack": 64, "turbo_combine": 64}
+
+
+def names(found: list) -> list[str]:
+    return [next(name for name in REGISTERS if name in resources.kernel) for resources in found]
+
+
+def test_nvidia_compiles_it_within_bounds(grafted, tmp_path):  # noqa: F811
+    found = gpu_compilers.compile_nvidia(grafted, UNIT, tmp_path / "unit.o", ("sm_75", "sm_86", "sm_90", "sm_120"), COMPILED)
+    for name, resources in zip(names(found), found, strict=True):
+        assert resources.registers <= REGISTERS[name] and resources.spilled == 0, resources
+    assert set(names(found)) == set(REGISTERS)
+
+
+@pytest.mark.parametrize("architecture", gpu_compilers.AMD)
+def test_amd_compiles_it(grafted, tmp_path, architecture: str):  # noqa: F811
+    found = gpu_compilers.compile_amd(grafted, UNIT, tmp_path / "unit.s", architecture, COMPILED)
+    assert set(names(found)) == set(REGISTERS)
+
+
+def test_the_products_of_amd_are_right(emulator):
+    """AMD's GPUs have no such instruction: lanes hand halves around, without asynchronous copies."""
+    program = gpu_compilers.emulate(
+        emulator, "amd", PROGRAM, *gpu_compilers.AS_HIP, "-DSIMT_AMD", "-D__ballot(p)=__ballot_sync(~0u, p)", SOME_KERNELS, SMALL_SLABS)  # fmt: skip
+    done, said = run(program, SOME)
+    assert not said and all(map(is_right, SOME, done)), said
