@@ -75,8 +75,8 @@ static constexpr float turbo_log2e = 1.44269504088896f;
 // Below every score: the difference to a score is finite, and its weight 0.
 static constexpr float turbo_no_score = -FLT_MAX/2;
 
-// How far a score may be above its row's reference, and how large a scale may be in the unit of the results: a weight of 2^8
-// times it is within halves, and so is one of 2^-28.
+// How far a score may be above its row's reference, and how large a scale may be in the unit of the results: a weight
+// of 2^8 times it is within halves, and so is one of 2^-28.
 static constexpr float turbo_slack = 8.0f, turbo_most_scale = 64.0f;
 
 // Whether it holds for a lane of the warp; the warp is half a wave where that has 64 lanes.
@@ -124,8 +124,8 @@ struct turbo_query_row {
     }
 };
 
-// The index of the block of threads. It is read anew each time, so that what is found from it before a loop need not stay in
-// registers until it is found again behind the loop.
+// The index of the block of threads. It is read anew each time, so that what is found from it before a loop need not
+// stay in registers until it is found again behind the loop.
 static __device__ __forceinline__ int turbo_block() {
 #if defined(__CUDA_ARCH__) && !defined(GGML_USE_HIP)
     int index;
@@ -136,7 +136,8 @@ static __device__ __forceinline__ int turbo_block() {
 #endif
 }
 
-// What a block works on. The KV heads of a token lie side by side, so blocks that are neighbours read the same lines of memory.
+// What a block works on. The KV heads of a token lie side by side, so blocks that are neighbours read the same lines
+// of memory.
 struct turbo_place {
     int kv_head, range, tile, stream; // range: of the part
 
@@ -153,7 +154,8 @@ struct turbo_place {
     }
 };
 
-// What a warp multiplies a row's products and its mask with, and where the mask is. In shared memory: registers are few.
+// What a warp multiplies a row's products and its mask with, and where the mask is. In shared memory: registers are
+// few.
 struct turbo_row_factors {
     float    product, slope;
     uint32_t mask;
@@ -186,8 +188,9 @@ template<int K, int V, int CHUNKS> struct turbo_attention {
     static constexpr int  row_words    = TURBO_TILE_ROWS*sizeof(turbo_row_factors)/4;
     static constexpr int  warp_words   = row_words + 2*stage_words;
 
-    // Shared memory, in words: before the table there is room for what some warps have of their own, that of the others is
-    // behind it. Then there is the memory by which warps exchange scores. In the end, results take the place of all that.
+    // Shared memory, in words: before the table there is room for what some warps have of their own, that of the
+    // others is behind it. Then there is the memory by which warps exchange scores. In the end, results take the place
+    // of all that.
     static __host__ __device__ __forceinline__ int memory_of(int warp, int before) {
         const int first = before/warp_words;
         return warp < first ? warp*warp_words : before + table_words + (warp - first)*warp_words;

@@ -1,8 +1,10 @@
 #pragma once
 
-// The product of small tiles that attention is made of, in half precision with float sums: C (16 x 8) += A (16 x 16) * B.
+// The product of small tiles that attention is made of, in half precision with float sums: C (16 x 8) += A (16 x 16) *
+// B.
 //
-// Lane 4*g + t of a warp has of A the rows g and g + 8, of B the column g, and of C rows g and g + 8 of columns 2t, 2t + 1:
+// Lane 4*g + t of a warp has of A the rows g and g + 8, of B the column g, and of C rows g and g + 8 of columns 2t, 2t
+// + 1:
 //
 //     a[0]: A[g][2t, 2t + 1]      a[1]: A[g + 8][2t, 2t + 1]      a[2], a[3]: the same of columns 2t + 8, 2t + 9
 //     b0:   B[2t, 2t + 1][g]      b1:   B[2t + 8, 2t + 9][g]

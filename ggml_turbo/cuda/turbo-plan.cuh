@@ -1,7 +1,7 @@
 #pragma once
 
-// From an attention node of ggml to launches of kernels: what is supported, how keys and rows are divided among blocks of
-// threads. No call of CUDA's: the emulator takes this, too.
+// From an attention node of ggml to launches of kernels: what is supported, how keys and rows are divided among blocks
+// of threads. No call of CUDA's: the emulator takes this, too.
 
 #include "turbo-prefill.cuh"
 
@@ -179,8 +179,8 @@ static inline bool turbo_attention_takes(const ggml_tensor * node, const turbo_d
 
 // ---- how it is divided ----
 
-// How many warps a block of threads has. Registers are enough for 12 of a multiprocessor: as three blocks, which hide each
-// other's beginnings and ends, where shared memory has room for their tables; else as one.
+// How many warps a block of threads has. Registers are enough for 12 of a multiprocessor: as three blocks, which hide
+// each other's beginnings and ends, where shared memory has room for their tables; else as one.
 static inline int turbo_plan_warps(const turbo_attention_launch & launch, int slices, const turbo_device & device) {
     constexpr int few = 4;
     if (slices > 1) {

@@ -1,8 +1,8 @@
 #pragma once
 
-// Attention of many rows: the keys are taken in slabs. One kernel unpacks a slab of keys and values to halves, once for all
-// rows, in the very order in which lanes hold them; another attends to it and goes on from the state that the slab before
-// left. So the memory for it depends on neither the number of keys nor the types.
+// Attention of many rows: the keys are taken in slabs. One kernel unpacks a slab of keys and values to halves, once
+// for all rows, in the very order in which lanes hold them; another attends to it and goes on from the state that the
+// slab before left. So the memory for it depends on neither the number of keys nor the types.
 
 #include "turbo-attention.cuh"
 

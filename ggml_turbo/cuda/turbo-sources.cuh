@@ -1,10 +1,11 @@
 #pragma once
 
-// Keys and values as attention reads them: packed blocks that wait in shared memory, and stock types straight from global
-// memory. Either gives the halves that a lane holds of a tile (turbo-mma.cuh), and a float that they are multiplied with.
+// Keys and values as attention reads them: packed blocks that wait in shared memory, and stock types straight from
+// global memory. Either gives the halves that a lane holds of a tile (turbo-mma.cuh), and a float that they are
+// multiplied with.
 //
-// A chunk is 64 values of a head, a turbo block. The channels of a chunk take an order that suits the lanes, the same in
-// queries and keys, so that products do not change:
+// A chunk is 64 values of a head, a turbo block. The channels of a chunk take an order that suits the lanes, the same
+// in queries and keys, so that products do not change:
 //
 //     keys     lane 4*g + t has the 16 values from 16*t on of key g; product i takes 4 of them, as its columns 2t, 2t + 1,
 //              2t + 8 and 2t + 9
@@ -74,15 +75,16 @@ static __device__ __forceinline__ void turbo_wait_for_copies() {}
 
 // ---- packed blocks ----
 
-// turbo_block_scale by one multiplication: the code as the top of a float, which is 2^87 times too small. Scales below 2^-39,
-// which would be denormal there, count as 0 or as up to 2^-40 less, a 10^-10th of a value's unit at most.
+// turbo_block_scale by one multiplication: the code as the top of a float, which is 2^87 times too small. Scales below
+// 2^-39, which would be denormal there, count as 0 or as up to 2^-40 less, a 10^-10th of a value's unit at most.
 template<int K> static __device__ __forceinline__ float turbo_multiplied_scale(uint32_t header) {
     const uint32_t bits = header << (23 - TURBO_SCALE_MANTISSA(K)) & (uint32_t) (TURBO_SCALE_CODES(K) - 1) << (23 - TURBO_SCALE_MANTISSA(K));
     return __uint_as_float(bits)*__uint_as_float((127u + 127u - TURBO_SCALE_BIAS) << 23);
 }
 
-// Rows of CHUNKS blocks each, one for a key, staged in shared memory as they lie in global memory from the last multiple of
-// 4 bytes on. A single block may begin 2 bytes after that; two blocks do not (turbo-plan.cuh chooses by alignment).
+// Rows of CHUNKS blocks each, one for a key, staged in shared memory as they lie in global memory from the last
+// multiple of 4 bytes on. A single block may begin 2 bytes after that; two blocks do not (turbo-plan.cuh chooses by
+// alignment).
 template<int K, int CHUNKS> struct turbo_staged {
     static constexpr int  bytes   = CHUNKS*TURBO_BLOCK_BYTES(K);
     static constexpr bool aligned = CHUNKS % 2 == 0;
@@ -94,8 +96,8 @@ template<int K, int CHUNKS> struct turbo_staged {
         return 16*odd + 8*TURBO_BLOCK_BYTES(K)*chunk + TURBO_STATE_BIT(K, i);
     }
 
-    // A warp copies `keys` rows of 16 at most, from row `first` on, with 32 bits for where they are; the last one stands in for
-    // those that are not there.
+    // A warp copies `keys` rows of 16 at most, from row `first` on, with 32 bits for where they are; the last one
+    // stands in for those that are not there.
     static __device__ __forceinline__ void copy(uint32_t * to, const char * from, uint32_t stride, int first, int keys, int lane) {
         if (keys >= 16) {
             copy_rows(to, from, first*stride, lane, [&](int row) { return row*stride; });
@@ -156,8 +158,8 @@ template<int K, int CHUNKS> struct turbo_staged {
         }
     }
 
-    // Word column + more of a row; `to` is where word `column` goes. Words that a row shares with what is beside it are copied
-    // whole: no allocation of a device ends within one.
+    // Word column + more of a row; `to` is where word `column` goes. Words that a row shares with what is beside it
+    // are copied whole: no allocation of a device ends within one.
     static __device__ __forceinline__ void copy_word(uint32_t * to, const char * row, int column, int more) {
         const char * first = aligned ? row : (const char *) ((uintptr_t) row & ~(uintptr_t) 3);
         turbo_copy_async(to + more, first + 4*column + 4*more);
@@ -178,7 +180,8 @@ static __device__ __forceinline__ uint32_t turbo_word(const char * p, bool align
 
 // aligned: whether words are, to 4 bytes; all is to 2.
 //
-// N values from channel `first` on of a head at p, and a bound of the magnitudes of the whole chunk: for floats, of the N.
+// N values from channel `first` on of a head at p, and a bound of the magnitudes of the whole chunk: for floats, of
+// the N.
 template<int N>
 static __device__ __forceinline__ float turbo_load_stock(turbo_stock type, bool aligned, const char * p, int first, float (&x)[N]) {
     constexpr int n = 32;                                    // values of a block of q8_0 or q4_0
@@ -213,7 +216,8 @@ static __device__ __forceinline__ float turbo_load_stock(turbo_stock type, bool 
     return bound;
 }
 
-// The power of two that is not above a magnitude, and its inverse: halves reach far enough around what is divided by it.
+// The power of two that is not above a magnitude, and its inverse: halves reach far enough around what is divided by
+// it.
 struct turbo_unit {
     float value, inverse;
 };
@@ -223,8 +227,8 @@ static __device__ __forceinline__ turbo_unit turbo_unit_of(float magnitude) {
     return { __uint_as_float(e << 23), __uint_as_float((254 - e) << 23) };
 }
 
-// N halves from channel `first` on of a head, in pairs, divided by the number that is returned. What the lanes whose numbers
-// differ in `lanes` read makes the chunk.
+// N halves from channel `first` on of a head, in pairs, divided by the number that is returned. What the lanes whose
+// numbers differ in `lanes` read makes the chunk.
 template<int N>
 static __device__ __forceinline__ float turbo_stock_halves(turbo_stock type, bool aligned, const char * p, int first, unsigned lanes,
                                                            uint32_t (&halves)[N/2]) {

@@ -1,7 +1,7 @@
 #pragma once
 
-// What attention kernels have of a GPU beyond CUDA's language: the product of small tiles, and asynchronous copies. Include
-// before the kernels.
+// What attention kernels have of a GPU beyond CUDA's language: the product of small tiles, and asynchronous copies.
+// Include before the kernels.
 
 #include "cuda.h"
 
@@ -22,7 +22,8 @@ inline double half_of(uint32_t pair, int i) {
 } // namespace simt
 
 namespace simt {
-// Where dynamic shared memory begins in its address space. Kernels whose tables must lie at multiples of their size ask.
+// Where dynamic shared memory begins in its address space. Kernels whose tables must lie at multiples of their size
+// ask.
 inline uint32_t shared_begin = 0;
 
 inline bool copies_are_late = true; // see below
