@@ -80,7 +80,8 @@ struct turbo_banked_table {
 #else
     const uint8_t * own;
 
-    __device__ __forceinline__ turbo_banked_table(const uint32_t * table, int lane) : own((const uint8_t *) (table + lane)) {}
+    __device__ __forceinline__ turbo_banked_table(const uint32_t * table, int lane)
+        : own((const uint8_t *) (table + lane)) {}
 
     __device__ __forceinline__ uint32_t operator[](uint32_t offset) const { return *(const uint32_t *) (own + offset); }
 #endif
