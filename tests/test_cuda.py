@@ -15,7 +15,7 @@ import tiny_model
 from gpu_compilers import ROOT, SOURCE
 
 CUDA = SOURCE / "cuda"
-UNITS = sorted(set(CUDA.glob("*.cu")) - {CUDA / "turbo-attention.cu"})  # which test_cuda_attention.py compiles
+UNITS = sorted(CUDA.glob("*.cu"))
 OPERATORS = ROOT / "tests" / "cuda_operators.cpp"
 FAULTS = ROOT / "tests" / "simt_faults.cpp"
 VECTORS = SOURCE / "format" / "vectors.bin"
@@ -210,17 +210,11 @@ def grafted(pristine, tmp_path_factory) -> Path:
     return folder
 
 
-NO_ATTENTION = """
-bool turbo_takes_attention(int, const ggml_tensor *) { return false; }
-void turbo_compute_attention(ggml_backend_cuda_context &, ggml_tensor *) {}
-"""
-
-
 @pytest.fixture(scope="module")
 def all_units(tmp_path_factory) -> Path:
     """One file of all of ours: the headers, which take most of a compiler's time, are read once."""
     path = tmp_path_factory.mktemp("units") / "all.cu"
-    path.write_text("".join(f'#include "cuda/{unit.name}"\n' for unit in UNITS) + NO_ATTENTION)
+    path.write_text("".join(f'#include "cuda/{unit.name}"\n' for unit in UNITS))
     return path
 
 
