@@ -26,15 +26,16 @@ static void turbo_unpack_slab(ggml_backend_cuda_context & context, const turbo_a
     const turbo_device device = turbo_describe_device(context.device);
     const int tiles = (n + TURBO_TILE_KEYS - 1)/TURBO_TILE_KEYS, each = turbo_unpack_warps*turbo_unpack_tiles;
     const dim3 grid((tiles + each - 1)/each, plan.op.n_kv_heads*launch.chunks, plan.op.n_streams/plan.op.stream_group);
-    const auto unpack = [&](auto kernel) {
+    const auto unpack = [&](auto k) { // another function for each kernel, which has its own limit of memory
+        const auto kernel = turbo_unpack<decltype(k)::value, VALUES>;
         CUDA_SET_SHARED_MEMORY_LIMIT(kernel, device.shared_bytes);
         turbo_launch(kernel, grid, dim3(32*turbo_unpack_warps), turbo_unpack_shared_bytes(bits, device.shared_begin),
                      context.stream(), source, slab, launch.chunks, first, n);
     };
-#define TURBO_UNPACK(K, ID) case K: unpack(turbo_unpack<K, VALUES>); break;
+#define TURBO_UNPACK(K, ID) case K: unpack(turbo_constant<K>()); break;
     switch (bits) {
         TURBO_TYPES(TURBO_UNPACK)
-        default: unpack(turbo_unpack<0, VALUES>); break;
+        default: unpack(turbo_constant<0>()); break;
     }
 #undef TURBO_UNPACK
 }
