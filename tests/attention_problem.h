@@ -40,15 +40,16 @@ static void turbo_to_float(const void * x, float * y, int64_t n) {
 }
 
 const ggml_type_traits * ggml_get_type_traits(ggml_type type) {
-    static const ggml_type_traits f32    = { "f32",    1,        0, sizeof(float),        false, nullptr,           nullptr };
-    static const ggml_type_traits f16    = { "f16",    1,        0, sizeof(uint16_t),     false, f16_to_float,      nullptr };
-#define TRAITS(K, ID) \
-    static const ggml_type_traits turbo##K = { "turbo" #K, QK_TURBO, 0, TURBO_BLOCK_BYTES(K), true, turbo_to_float<K>, nullptr };
+    static const ggml_type_traits f32 = { "f32", 1, 0, sizeof(float), false, nullptr, nullptr };
+    static const ggml_type_traits f16 = { "f16", 1, 0, sizeof(uint16_t), false, f16_to_float, nullptr };
+#define TRAITS(K, ID)                                                                                                  \
+    static const ggml_type_traits turbo##K = { "turbo" #K, QK_TURBO,          0,      TURBO_BLOCK_BYTES(K),            \
+                                               true,       turbo_to_float<K>, nullptr };
     TURBO_TYPES(TRAITS)
-    static const ggml_type_traits bf16   = { "bf16",   1,        0, sizeof(uint16_t),     false, nullptr,           nullptr };
-    static const ggml_type_traits q8_0   = { "q8_0",   32,       0, 34,                   true,  nullptr,           nullptr };
-    static const ggml_type_traits q4_0   = { "q4_0",   32,       0, 18,                   true,  nullptr,           nullptr };
-    static const ggml_type_traits i32    = { "i32",    1,        0, sizeof(int32_t),      false, nullptr,           nullptr };
+    static const ggml_type_traits bf16 = { "bf16", 1, 0, sizeof(uint16_t), false, nullptr, nullptr };
+    static const ggml_type_traits q8_0 = { "q8_0", 32, 0, 34, true, nullptr, nullptr };
+    static const ggml_type_traits q4_0 = { "q4_0", 32, 0, 18, true, nullptr, nullptr };
+    static const ggml_type_traits i32 = { "i32", 1, 0, sizeof(int32_t), false, nullptr, nullptr };
     switch (type) {
         case GGML_TYPE_F32:    return &f32;
         case GGML_TYPE_I32:    return &i32;
@@ -102,7 +103,8 @@ struct tensor : ggml_tensor {
 // A node, FLASH_ATTN_EXT or attention with a recent window, with its sources and its result.
 struct problem {
     struct numbers {
-        int32_t sequences, heads, queries, size_k, keys, kv_heads, size_v, type_k, type_v, mask_heads, mask_sequences, sinks;
+        int32_t sequences, heads, queries, size_k, keys, kv_heads, size_v, type_k, type_v, mask_heads, mask_sequences,
+            sinks;
         int32_t slots, tokens; // of a recent window; 0: there is none
         int32_t tiles;         // of keys, for which queries have numbers
         float scale, max_bias, softcap;
@@ -111,17 +113,18 @@ struct problem {
     tensor q, k, v, mask, sinks, ring, new_k, new_v, mask_w, columns, out;
 
     explicit problem(const numbers & p)
-        : q      (GGML_TYPE_F32, { p.size_k + p.tiles, p.queries, p.heads, p.sequences }, plain),
-          k      ((ggml_type) p.type_k, { p.size_k, p.kv_heads, p.keys, p.sequences }, cache),
-          v      ((ggml_type) p.type_v, { p.size_v, p.kv_heads, p.keys, p.sequences }, cache),
-          mask   (GGML_TYPE_F16, { p.keys, p.queries, p.mask_heads, p.mask_sequences }, plain),
-          sinks  (GGML_TYPE_F32, { p.heads, 1, 1, 1 }, plain),
-          ring   (GGML_TYPE_F16, { p.kv_heads*(p.size_k + p.size_v), p.slots, 1, p.sequences }, plain),
-          new_k  (GGML_TYPE_F32, { p.size_k, p.kv_heads, p.tokens, p.sequences }, cache),
-          new_v  (GGML_TYPE_F32, { p.size_v, p.kv_heads, p.tokens, p.sequences }, cache),
-          mask_w (GGML_TYPE_F16, { p.slots + p.tokens, p.queries, 1, p.sequences }, plain),
-          columns(GGML_TYPE_I32, { (p.slots ? p.keys : 0) + (p.tiles ? p.keys + p.slots + p.tokens : 0), 1, 1, p.sequences }, plain),
-          out    (GGML_TYPE_F32, { p.size_v, p.heads, p.queries, p.sequences }, plain) {
+        : q(GGML_TYPE_F32, { p.size_k + p.tiles, p.queries, p.heads, p.sequences }, plain),
+          k((ggml_type) p.type_k, { p.size_k, p.kv_heads, p.keys, p.sequences }, cache),
+          v((ggml_type) p.type_v, { p.size_v, p.kv_heads, p.keys, p.sequences }, cache),
+          mask(GGML_TYPE_F16, { p.keys, p.queries, p.mask_heads, p.mask_sequences }, plain),
+          sinks(GGML_TYPE_F32, { p.heads, 1, 1, 1 }, plain),
+          ring(GGML_TYPE_F16, { p.kv_heads*(p.size_k + p.size_v), p.slots, 1, p.sequences }, plain),
+          new_k(GGML_TYPE_F32, { p.size_k, p.kv_heads, p.tokens, p.sequences }, cache),
+          new_v(GGML_TYPE_F32, { p.size_v, p.kv_heads, p.tokens, p.sequences }, cache),
+          mask_w(GGML_TYPE_F16, { p.slots + p.tokens, p.queries, 1, p.sequences }, plain),
+          columns(GGML_TYPE_I32,
+                  { (p.slots ? p.keys : 0) + (p.tiles ? p.keys + p.slots + p.tokens : 0), 1, 1, p.sequences }, plain),
+          out(GGML_TYPE_F32, { p.size_v, p.heads, p.queries, p.sequences }, plain) {
         for (tensor * t : { &q, &k, &v, &mask }) {
             t->fill();
         }
@@ -132,7 +135,8 @@ struct problem {
             t->fill();
         }
         ggml_tensor * sources[TURBO_WINDOW_SOURCES] = {
-            &q, &k, &v, p.mask_heads ? &mask : nullptr, p.sinks ? &sinks : nullptr, &ring, &new_k, &new_v, &mask_w, &columns,
+            &q,     &k,      &v,       p.mask_heads ? &mask : nullptr, p.sinks ? &sinks : nullptr, &ring, &new_k,
+            &new_v, &mask_w, &columns,
         };
         if (p.slots) {
             made = &out;

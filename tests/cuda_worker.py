@@ -2,8 +2,9 @@
 
     python cuda_worker.py LIBRARY MODEL
 
-prints, as JSON, for each pair of cache types and each operation how far the logits of the two are apart, and how often
-the device's kernels ran. A crash ends this process, not the tests.
+prints, as JSON, for each pair of cache types and each operation how far the logits of the two are apart: where the
+device stores and the CPU attends, and where the device does both; how far the CPU's are from those with a cache in
+float32; and how often the device's kernels ran. A crash ends this process, not the tests.
 """
 
 import ctypes
@@ -16,7 +17,7 @@ import numpy as np
 import turboquant_gguf
 from sequences import Sequences
 from turboquant_gguf.llamacpp.cachetypes import CacheTypes
-from turboquant_gguf.llamacpp.logits import Model
+from turboquant_gguf.llamacpp.logits import EXACT, Model
 
 TYPES = (("turbo4", "turbo3"), ("turbo2", "turbo2"), ("turbo3", "turbo4"))
 TEXT = [int(token) for token in np.random.default_rng(1).integers(3, 250, 60)]
@@ -49,30 +50,37 @@ def main() -> None:
     ggml = ctypes.CDLL(str(Path(turboquant_gguf.__file__).parent / "lib" / "libggml.so"))
     ggml.ggml_backend_load.restype = ctypes.c_void_p
     assert ggml.ggml_backend_load(str(library).encode()), "the library cannot be loaded"
-    launches = ctypes.CDLL(str(library)).simt_launches
+    emulated = ctypes.CDLL(str(library))
     with Model(path) as model:
+        exact = operations(path, EXACT, model)
         on_cpu = [operations(path, CacheTypes(*types), model) for types in TYPES]
+    runs = {}
     with Model(path, gpu_layers=99) as model:
-        on_device = [operations(path, CacheTypes(*types), model) for types in TYPES]
-    apart = {
-        "/".join(types): {name: float(np.abs(cpu[name] - device[name]).max()) for name in cpu if name != "log"}
-        for types, cpu, device in zip(TYPES, on_cpu, on_device, strict=True)
+        for name, takes_attention in (("stored", False), ("attended", True)):
+            emulated.simt_take_attention(takes_attention)
+            runs[name] = [operations(path, CacheTypes(*types), model) for types in TYPES]
+    kernels = [
+        *(f"turbo_encode<{k}>" for k in (2, 3, 4)),
+        *(f"turbo_decode<{k}, float>" for k in (2, 3, 4)),
+        *("turbo_attend<4, 3, 1>", "turbo_attend<2, 2, 1>", "turbo_attend<3, 4, 1>"),
+    ]
+    said = {
+        "buffers": ["CPU KV buffer" in cpu["log"] for cpu in on_cpu]
+        + ["CUDA0 KV buffer" in device["log"] for run in runs.values() for device in run],
+        "launches": {name: emulated.simt_launches(name.encode()) for name in kernels},
     }
-    kernels = [f"turbo_encode<{k}>" for k in (2, 3, 4)] + [f"turbo_decode<{k}, float>" for k in (2, 3, 4)]
-    print(
-        json.dumps(
-            {
-                "apart": apart,
-                "buffers": [
-                    "CPU KV buffer" in cpu["log"]
-                    and "CUDA0 KV buffer" in device["log"]
-                    and "CPU KV buffer" not in device["log"]
-                    for cpu, device in zip(on_cpu, on_device, strict=True)
-                ],
-                "launches": {name: launches(name.encode()) for name in kernels},
-            }
-        )
-    )
+    for name, run in (("lost", on_cpu), *runs.items()):
+        base = [exact] * len(TYPES) if name == "lost" else on_cpu
+        said[name] = {
+            "/".join(types): {what: apart(expected[what], found[what]) for what in found if what != "log"}
+            for types, expected, found in zip(TYPES, base, run, strict=True)
+        }
+    print(json.dumps(said))
+
+
+def apart(expected: np.ndarray, found: np.ndarray) -> float:
+    """The root mean square of the difference, relative to that of what is expected."""
+    return float(np.sqrt(np.mean((found - expected) ** 2) / np.mean(expected**2)))
 
 
 if __name__ == "__main__":

@@ -173,11 +173,16 @@ static void missing(const char * name) { fprintf(stderr, "simt: llama.cpp calls 
 """
 
 
-def emulated_device(grafted: Path, units: Path, folder: Path) -> Path:
+def emulated_device(grafted: Path, folder: Path, kernels: str) -> Path:
     """llama.cpp's CUDA back end as a library to load, with kernels in the emulator, of objects that nvcc makes.
 
-    units: one source with all of ours. The device takes only what is ours (tests/simt/cuda_backend.cpp).
+    kernels: of attention, as TURBO_ATTENTION_KERNELS has them: all take minutes. The device takes only what is ours
+    (tests/simt/cuda_backend.cpp).
     """
+    units = folder / "units.cu"
+    includes = "".join(f'#include "cuda/{unit.name}"\n' for unit in sorted((SOURCE / "cuda").glob("*.cu")))
+    units.write_text(f"#define TURBO_ATTENTION_KERNELS(X) {kernels}\n{includes}")
+    few = f"-DTURBO_ATTENTION_KERNELS(X)={kernels}"
     host = [
         *FAST,
         "-arch=sm_75",
@@ -217,9 +222,11 @@ def emulated_device(grafted: Path, units: Path, folder: Path) -> Path:
         [
             clang(),
             *emulator,
+            few,
             f"-I{SIMT}",
             f"-I{SOURCE}",
             f"-I{SOURCE / 'format'}",
+            f"-I{INSTALLED / 'include'}",
             "-c",
             SIMT / "cuda_device.cpp",
             "-o",

@@ -15,7 +15,7 @@ import tiny_model
 from gpu_compilers import ROOT, SOURCE
 
 CUDA = SOURCE / "cuda"
-UNITS = sorted(CUDA.glob("*.cu"))
+UNITS = sorted(set(CUDA.glob("*.cu")) - {CUDA / "turbo-attention.cu"})  # which takes long, and has tests of its own
 OPERATORS = ROOT / "tests" / "cuda_operators.cpp"
 FAULTS = ROOT / "tests" / "simt_faults.cpp"
 VECTORS = SOURCE / "format" / "vectors.bin"
@@ -210,11 +210,17 @@ def grafted(pristine, tmp_path_factory) -> Path:
     return folder
 
 
+WITHOUT_ATTENTION = """
+bool turbo_takes_attention(int, const ggml_tensor *) { return false; }
+void turbo_compute_attention(ggml_backend_cuda_context &, ggml_tensor *) {}
+"""
+
+
 @pytest.fixture(scope="module")
 def all_units(tmp_path_factory) -> Path:
     """One file of all of ours: the headers, which take most of a compiler's time, are read once."""
     path = tmp_path_factory.mktemp("units") / "all.cu"
-    path.write_text("".join(f'#include "cuda/{unit.name}"\n' for unit in UNITS))
+    path.write_text("".join(f'#include "cuda/{unit.name}"\n' for unit in UNITS) + WITHOUT_ATTENTION)
     return path
 
 
@@ -269,16 +275,23 @@ def test_amd_compiles_it_within_bounds(grafted, all_units, tmp_path, architectur
 # ---- llama.cpp with its cache on the device ----
 
 
-def test_llama_cpp_with_its_cache_on_an_emulated_device(grafted, all_units, tmp_path):
+def test_llama_cpp_with_its_cache_on_an_emulated_device(grafted, tmp_path):
     """llama.cpp's own CUDA back end, of nvcc's objects, over the emulator: a model reads, answers, copies, shifts,
-    saves and loads, and its logits are those of the CPU to the last bit, since the bytes of its cache are.
+    saves and loads. Where the CPU attends, logits are those of the CPU to the last bit, since the bytes of the cache
+    are; where the device does, they are near.
     """
-    library = gpu_compilers.emulated_device(grafted, all_units, tmp_path)
+    kernels = "X(4, 3, 1) X(2, 2, 1) X(3, 4, 1)"  # for the types of cuda_worker.py
+    library = gpu_compilers.emulated_device(grafted, tmp_path, kernels)
     model = tiny_model.write(tmp_path / "tiny.gguf")
     worker = [sys.executable, ROOT / "tests" / "cuda_worker.py", library, model]
     done = subprocess.run(worker, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     said = json.loads(done.stdout.splitlines()[-1])
     assert all(said["buffers"])
-    assert {distance for types in said["apart"].values() for distance in types.values()} == {0.0}, said["apart"]
+    stored, attended, lost = said["stored"], said["attended"], said["lost"]
+    assert {distance for types in stored.values() for distance in types.values()} == {0.0}, stored
+    # Other roundings lead to a few other codes in the layers behind: a part of what the types lose anyway.
+    for types, operations in attended.items():
+        for name, distance in operations.items():
+            assert 0 < distance < 0.35 * lost[types][name], (types, name, distance, lost[types][name])
     assert all(count > 0 for count in said["launches"].values()), said["launches"]

@@ -3,14 +3,15 @@
 // Attention of 16 rows to a range of keys, 16 keys at a time, by one warp (docs/gpu.md).
 //
 // Rows       A row is one query of one of the query heads of a KV head. Keys and values are decoded once for all 16.
-// Scores     Half precision products with float sums, of rows that are divided by a power of two, and of codebook entries, which
-//            halves hold exactly; a key's scale multiplies the sum of its block. All in float32 from there on, in powers of 2.
-// Softmax    Online (arXiv 1805.02867). A row's reference need not be its largest score: it is raised where a score is more
-//            than 8 above it, which is rare, so that lanes need not compare theirs at every tile.
-// Values     Weights times the values' scales, as halves, times codebook entries. The products are divided by a power of two
-//            of the warp's own, which is raised before a half would overflow.
-// Slices     With CHUNKS = 2, a warp has heads of 128 whole and its own keys. With 1 it has one chunk of 64 channels: where
-//            heads have more, as many warps take the same keys, and add up their parts of the scores.
+// Scores     Half precision products with float sums, of rows that are divided by a power of two, and of codebook
+//            entries, which halves hold exactly; a key's scale multiplies the sum of its block. All in float32 from
+//            there on, in powers of 2.
+// Softmax    Online (arXiv 1805.02867). A row's reference need not be its largest score: it is raised where a score is
+//            more than 8 above it, which is rare, so that lanes need not compare theirs at every tile.
+// Values     Weights times the values' scales, as halves, times codebook entries. The products are divided by a power
+//            of two of the warp's own, which is raised before a half would overflow.
+// Slices     With CHUNKS = 2, a warp has heads of 128 whole and its own keys. With 1 it has one chunk of 64 channels:
+//            where heads have more, as many warps take the same keys, and add up their parts of the scores.
 
 #include "turbo-sources.cuh"
 
@@ -45,7 +46,7 @@ struct turbo_attention_part {
     int                    first_range;          // among the ranges of all parts
     turbo_attention_mask   window;               // of the recent window
     const char *           columns;              // null, or int32: each key's column there, -1 if it is not there
-    const char *           tiles;                // null, or int32: which of a query's numbers is added to products with the key
+    const char * tiles; // null, or int32: which of a query's numbers is added to products with the key
     int64_t                columns_stream;       // stride of both, in bytes
 };
 
@@ -75,8 +76,8 @@ static constexpr float turbo_log2e = 1.44269504088896f;
 // Below every score: the difference to a score is finite, and its weight 0.
 static constexpr float turbo_no_score = -FLT_MAX/2;
 
-// How far a score may be above its row's reference, and how large a scale may be in the unit of the results: a weight of 2^8
-// times it is within halves, and so is one of 2^-28.
+// How far a score may be above its row's reference, and how large a scale may be in the unit of the results: a weight
+// of 2^8 times it is within halves, and so is one of 2^-28.
 static constexpr float turbo_slack = 8.0f, turbo_most_scale = 64.0f;
 
 // Whether it holds for a lane of the warp; the warp is half a wave where that has 64 lanes.
@@ -124,8 +125,8 @@ struct turbo_query_row {
     }
 };
 
-// The index of the block of threads. It is read anew each time, so that what is found from it before a loop need not stay in
-// registers until it is found again behind the loop.
+// The index of the block of threads. It is read anew each time, so that what is found from it before a loop need not
+// stay in registers until it is found again behind the loop.
 static __device__ __forceinline__ int turbo_block() {
 #if defined(__CUDA_ARCH__) && !defined(GGML_USE_HIP)
     int index;
@@ -136,7 +137,8 @@ static __device__ __forceinline__ int turbo_block() {
 #endif
 }
 
-// What a block works on. The KV heads of a token lie side by side, so blocks that are neighbours read the same lines of memory.
+// What a block works on. The KV heads of a token lie side by side, so blocks that are neighbours read the same lines
+// of memory.
 struct turbo_place {
     int kv_head, range, tile, stream; // range: of the part
 
@@ -153,14 +155,16 @@ struct turbo_place {
     }
 };
 
-// What a warp multiplies a row's products and its mask with, and where the mask is. In shared memory: registers are few.
+// What a warp multiplies a row's products and its mask with, and where the mask is. In shared memory: registers are
+// few.
 struct turbo_row_factors {
     float    product, slope;
     uint32_t mask;
 };
 
 // What a row's sums are divided by, with its attention sink: one more key without a value.
-static __device__ __forceinline__ float turbo_divisor(const turbo_attention_op & op, int head, float reference, float total) {
+static __device__ __forceinline__ float
+turbo_divisor(const turbo_attention_op & op, int head, float reference, float total) {
     if (op.sinks) {
         const float sink = op.sinks[head]*turbo_log2e, top = fmaxf(reference, sink);
         total = total*exp2f(reference - top) + exp2f(sink - top);
@@ -179,15 +183,16 @@ template<int K, int V, int CHUNKS> struct turbo_attention {
     static constexpr int  table_words  = K || V ? TURBO_BANKED_TABLE_WORDS : 0;
     static constexpr int  key_words    = K ? TURBO_TILE_KEYS*keys::words : 0;
     static constexpr int  value_words  = V ? TURBO_TILE_KEYS*values::words : 0;
-    static constexpr int  padding      = K || V ? 4 : 0;     // behind the last row: words are loaded that no value needs
+    static constexpr int padding = K || V ? 4 : 0; // behind the last row: words are loaded that no value needs
     static constexpr int  stage_words  = key_words + value_words + padding; // of one tile
     static constexpr int  result_words = 32*(32*CHUNKS + 4); // a warp's result, as it hands it to another
 
     static constexpr int  row_words    = TURBO_TILE_ROWS*sizeof(turbo_row_factors)/4;
     static constexpr int  warp_words   = row_words + 2*stage_words;
 
-    // Shared memory, in words: before the table there is room for what some warps have of their own, that of the others is
-    // behind it. Then there is the memory by which warps exchange scores. In the end, results take the place of all that.
+    // Shared memory, in words: before the table there is room for what some warps have of their own, that of the
+    // others is behind it. Then there is the memory by which warps exchange scores. In the end, results take the place
+    // of all that.
     static __host__ __device__ __forceinline__ int memory_of(int warp, int before) {
         const int first = before/warp_words;
         return warp < first ? warp*warp_words : before + table_words + (warp - first)*warp_words;
@@ -200,7 +205,8 @@ template<int K, int V, int CHUNKS> struct turbo_attention {
     // How many there are for so many warps, of which `slices` share keys.
     static int shared_words(int warps, int slices, uint32_t begin) {
         const int before = table_words ? turbo_words_before_table(begin) : 0;
-        const int used = exchange(warps, before) + (slices > 1 ? slices*32*8 : 0), results = slices > 1 ? 0 : warps/2*result_words;
+        const int used = exchange(warps, before) + (slices > 1 ? slices*32*8 : 0),
+                  results = slices > 1 ? 0 : warps/2*result_words;
         return used > results ? used : results;
     }
 
@@ -219,7 +225,8 @@ template<int K, int V, int CHUNKS> struct turbo_attention {
     float    out[CHUNKS][8][4];        // in units, a power of two
     float    inverse_unit;
 
-    __device__ __forceinline__ turbo_attention(const turbo_attention_op & op, const turbo_attention_part & part, uint32_t * shared)
+    __device__ __forceinline__ turbo_attention(const turbo_attention_op & op, const turbo_attention_part & part,
+                                               uint32_t * shared)
         : op(op), part(part), shared(shared), lane(threadIdx.x % 32), g(lane/4), t(lane % 4), warp(threadIdx.x/32),
           warps(blockDim.x/32), slices(sliced ? (max(op.size_k, op.size_v) + QK_TURBO - 1)/QK_TURBO : 1),
           slice(slices > 1 ? warp : 0), has_keys(!sliced || QK_TURBO*slice < op.size_k),
@@ -227,11 +234,15 @@ template<int K, int V, int CHUNKS> struct turbo_attention {
         own = shared + memory_of(warp, before_table());
     }
 
-    __device__ __forceinline__ int before_table() const { return table_words ? turbo_words_before_table(turbo_shared_begin(shared)) : 0; }
+    __device__ __forceinline__ int before_table() const {
+        return table_words ? turbo_words_before_table(turbo_shared_begin(shared)) : 0;
+    }
     __device__ __forceinline__ uint32_t * stage(int i) const { return own + row_words + i*stage_words; }
 
     // Of rows g and g + 8.
-    __device__ __forceinline__ turbo_row_factors & row_factors(int r) const { return ((turbo_row_factors *) own)[g + 8*r]; }
+    __device__ __forceinline__ turbo_row_factors & row_factors(int r) const {
+        return ((turbo_row_factors *) own)[g + 8*r];
+    }
 
     // ---- rows ----
 
@@ -244,8 +255,9 @@ template<int K, int V, int CHUNKS> struct turbo_attention {
         const float factor = product_factor();
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            const float * q = (const float *) (op.q + rows[r].query*op.q_query + rows[r].head*op.q_head + rows[r].stream*op.q_stream)
-                            + QK_TURBO*slice + 16*t;
+            const float * q = (const float *) (op.q + rows[r].query*op.q_query + rows[r].head*op.q_head +
+                                               rows[r].stream*op.q_stream) +
+                              QK_TURBO*slice + 16*t;
             float largest = 0.0f;
             for (int i = 0; has_keys && i < 16*CHUNKS; ++i) {
                 largest = fmaxf(largest, fabsf(q[i/16*QK_TURBO + i % 16]));
@@ -335,7 +347,8 @@ template<int K, int V, int CHUNKS> struct turbo_attention {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const int shift = 16*(i % 2);
-            const bool sees = (mask[0][i/2] >> shift & 0xffff) != TURBO_MASKED || (mask[1][i/2] >> shift & 0xffff) != TURBO_MASKED;
+            const bool sees = (mask[0][i/2] >> shift & 0xffff) != TURBO_MASKED ||
+                              (mask[1][i/2] >> shift & 0xffff) != TURBO_MASKED;
             bits |= (unsigned) sees << i;
         }
 #pragma unroll
@@ -349,7 +362,8 @@ template<int K, int V, int CHUNKS> struct turbo_attention {
 
     // odd: whether even and odd keys begin half a word late.
     template<int chunk>
-    __device__ __forceinline__ void score_chunk(const uint32_t * staged, const char * k, int key0, int last, const int (&odd)[2]) {
+    __device__ __forceinline__ void
+    score_chunk(const uint32_t * staged, const char * k, int key0, int last, const int (&odd)[2]) {
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
             uint32_t b[8];
@@ -368,7 +382,8 @@ template<int K, int V, int CHUNKS> struct turbo_attention {
                 }
             } else {
                 const int   key = min(key0 + 8*n + g, last);
-                const float own = turbo_stock_halves<16>(part.k.type, part.k.aligned, k + key*part.k.key, QK_TURBO*(slice + chunk) + 16*t, 3, b);
+                const float own = turbo_stock_halves<16>(part.k.type, part.k.aligned, k + key*part.k.key,
+                                                         QK_TURBO*(slice + chunk) + 16*t, 3, b);
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
                     scale[i] = __shfl_sync(TURBO_FULL_WARP, own, 4*(2*t + i), 32);
@@ -419,8 +434,9 @@ template<int K, int V, int CHUNKS> struct turbo_attention {
         const bool differs = turbo_any(tile[0] != first || tile[1] != first || tile[2] != first || tile[3] != first);
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            const float * biases = (const float *) (op.q + rows[r].query*op.q_query + rows[r].head*op.q_head + rows[r].stream*op.q_stream)
-                                 + op.size_k;
+            const float * biases = (const float *) (op.q + rows[r].query*op.q_query + rows[r].head*op.q_head +
+                                                    rows[r].stream*op.q_stream) +
+                                   op.size_k;
             const float one = biases[first]*factor;
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
@@ -544,7 +560,8 @@ template<int K, int V, int CHUNKS> struct turbo_attention {
 #pragma unroll
         for (int i = 0; i < 4*CHUNKS; ++i) {
             const int c = i/4, key = i % 4/2*2, r = i % 2; // key: of the four that this lane has
-            a[c][i % 4] = turbo_pack_halves(weight(key, r)*in_units(scale[c][key]), weight(key + 1, r)*in_units(scale[c][key + 1]));
+            a[c][i % 4] = turbo_pack_halves(weight(key, r)*in_units(scale[c][key]),
+                                            weight(key + 1, r)*in_units(scale[c][key + 1]));
         }
     }
 
@@ -562,7 +579,8 @@ template<int K, int V, int CHUNKS> struct turbo_attention {
             }
 #pragma unroll
             for (int j = 0; j < 8; ++j) {
-                turbo_mma(out[chunk][j], a[chunk], __byte_perm(u[0][j], u[1][j], 0x7632), __byte_perm(u[2][j], u[3][j], 0x7632));
+                turbo_mma(out[chunk][j], a[chunk], __byte_perm(u[0][j], u[1][j], 0x7632),
+                          __byte_perm(u[2][j], u[3][j], 0x7632));
             }
         });
     }
@@ -575,7 +593,8 @@ template<int K, int V, int CHUNKS> struct turbo_attention {
 #pragma unroll
         for (int i = 0; i < 4*CHUNKS; ++i) {
             const int c = i/4, n = i % 4, key = min(key0 + n/2*8 + n % 2 + 2*t, last);
-            scale[c][n] = turbo_stock_halves<8>(part.v.type, part.v.aligned, v + key*part.v.key, QK_TURBO*(slice + c) + 8*g, 28, halves[c][n]);
+            scale[c][n] = turbo_stock_halves<8>(part.v.type, part.v.aligned, v + key*part.v.key,
+                                                QK_TURBO*(slice + c) + 8*g, 28, halves[c][n]);
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 halves[c][n][j] = sees >> n & 1 ? halves[c][n][j] : 0;
@@ -588,7 +607,8 @@ template<int K, int V, int CHUNKS> struct turbo_attention {
         for (int i = 0; i < 8*CHUNKS; ++i) {
             const auto & h = halves[i/8];
             const int j = i % 8, which = j % 2 ? 0x7632 : 0x5410;
-            turbo_mma(out[i/8][j], a[i/8], __byte_perm(h[0][j/2], h[1][j/2], which), __byte_perm(h[2][j/2], h[3][j/2], which));
+            turbo_mma(out[i/8][j], a[i/8], __byte_perm(h[0][j/2], h[1][j/2], which),
+                      __byte_perm(h[2][j/2], h[3][j/2], which));
         }
     }
 
@@ -630,7 +650,8 @@ template<int K, int V, int CHUNKS> struct turbo_attention {
             }
             if constexpr (V != 0) {
                 if (has_values) {
-                    values::copy(stage(i) + key_words, v + begin*part.v.key, (uint32_t) part.v.key, key0 - begin, end - key0, lane);
+                    values::copy(stage(i) + key_words, v + begin*part.v.key, (uint32_t) part.v.key, key0 - begin,
+                                 end - key0, lane);
                 }
             }
         };
@@ -660,7 +681,9 @@ template<int K, int V, int CHUNKS> struct turbo_attention {
             turbo_sync_warp();
             if (sees_any()) {
                 if (has_keys) {
-                    turbo_each<CHUNKS>([&](auto chunk) { score_chunk<decltype(chunk)::value>(stage(current), k, key0, end - 1, odd_keys); });
+                    turbo_each<CHUNKS>([&](auto chunk) {
+                        score_chunk<decltype(chunk)::value>(stage(current), k, key0, end - 1, odd_keys);
+                    });
                 } else {
 #pragma unroll
                     for (int i = 0; i < 8; ++i) {
@@ -764,8 +787,9 @@ template<int K, int V, int CHUNKS> struct turbo_attention {
                 const int c = i/4, j = i % 2*4, column = i/2 % 2;
                 const auto & o = out[c];
                 if (has_values) {
-                    *(float4 *) (to + QK_TURBO*(slice + c) + 16*t + 8*column + j) = make_float4(
-                        o[j][2*r + column]*factor, o[j + 1][2*r + column]*factor, o[j + 2][2*r + column]*factor, o[j + 3][2*r + column]*factor);
+                    *(float4 *) (to + QK_TURBO*(slice + c) + 16*t + 8*column + j) =
+                        make_float4(o[j][2*r + column]*factor, o[j + 1][2*r + column]*factor,
+                                    o[j + 2][2*r + column]*factor, o[j + 3][2*r + column]*factor);
                 }
             }
         }
@@ -775,7 +799,8 @@ template<int K, int V, int CHUNKS> struct turbo_attention {
 // ---- kernels ----
 
 template<int K, int V, int CHUNKS>
-static __global__ void __launch_bounds__(384) turbo_attend(const turbo_attention_op op, const turbo_attention_part part) {
+static __global__ void __launch_bounds__(384)
+    turbo_attend(const turbo_attention_op op, const turbo_attention_part part) {
     extern __shared__ __align__(16) uint32_t turbo_attention_memory[];
     turbo_attention<K, V, CHUNKS>(op, part, turbo_attention_memory).run();
 }
@@ -783,7 +808,8 @@ static __global__ void __launch_bounds__(384) turbo_attend(const turbo_attention
 // One softmax over all ranges of keys. A block of threads is a row, blocks are rows of all streams.
 static __global__ void turbo_combine(const turbo_attention_op op) {
     const int64_t i = blockIdx.x;
-    const turbo_query_row row(op, (int) (i/op.n_rows()/op.n_kv_heads), (int) (i/op.n_rows() % op.n_kv_heads), (int) (i % op.n_rows()));
+    const turbo_query_row row(op, (int) (i/op.n_rows()/op.n_kv_heads), (int) (i/op.n_rows() % op.n_kv_heads),
+                              (int) (i % op.n_rows()));
     const float2 * sums = op.partial_sums + i*op.n_ranges;
     float reference = turbo_no_score;
     for (int range = 0; range < op.n_ranges; ++range) {

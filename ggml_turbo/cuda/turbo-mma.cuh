@@ -1,15 +1,17 @@
 #pragma once
 
-// The product of small tiles that attention is made of, in half precision with float sums: C (16 x 8) += A (16 x 16) * B.
+// The product of small tiles that attention is made of, in half precision with float sums:
+// C (16 x 8) += A (16 x 16) * B.
 //
-// Lane 4*g + t of a warp has of A the rows g and g + 8, of B the column g, and of C rows g and g + 8 of columns 2t, 2t + 1:
+// Lane 4*g + t of a warp has of A the rows g and g + 8, of B the column g, and of C rows g and g + 8 of columns 2t and
+// 2t + 1:
 //
 //     a[0]: A[g][2t, 2t + 1]      a[1]: A[g + 8][2t, 2t + 1]      a[2], a[3]: the same of columns 2t + 8, 2t + 9
 //     b0:   B[2t, 2t + 1][g]      b1:   B[2t + 8, 2t + 9][g]
 //     c[0], c[1]: C[g][2t], C[g][2t + 1]                          c[2], c[3]: the same of row g + 8
 //
-// NVIDIA has it as one instruction from compute capability 8.0 on, as two in 7.5. Elsewhere, AMD's GPUs for now, lanes
-// hand the halves around: right, and not fast.
+// NVIDIA has it as one instruction from compute capability 8.0 on, as two in 7.5. Elsewhere, on older devices and AMD's
+// for now, lanes hand the halves around: right, and not fast.
 
 #include "turbo-blocks.cuh"
 
@@ -26,7 +28,7 @@ static __device__ __forceinline__ uint32_t turbo_pack_halves(float low, float hi
 }
 
 #if !defined(TURBO_HAS_MMA) // the emulator has its own
-#  if defined(__CUDA_ARCH__) && !defined(GGML_USE_HIP)
+#  if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 750 && !defined(GGML_USE_HIP)
 #    define TURBO_HAS_MMA
 
 static __device__ __forceinline__ void turbo_mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {

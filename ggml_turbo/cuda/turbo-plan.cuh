@@ -1,7 +1,7 @@
 #pragma once
 
-// From an attention node of ggml to launches of kernels: what is supported, how keys and rows are divided among blocks of
-// threads. No call of CUDA's: the emulator takes this, too.
+// From an attention node of ggml to launches of kernels: what is supported, how keys and rows are divided among blocks
+// of threads. No call of CUDA's: the emulator takes this, too.
 
 #include "turbo-prefill.cuh"
 
@@ -32,12 +32,15 @@ struct turbo_attention_plan {
     turbo_attention_launch parts[3];
 
     int64_t rows() const { return (int64_t) op.n_rows()*op.n_kv_heads*op.n_streams; } // blocks of turbo_combine
-    bool   has_partials() const { return op.n_ranges > 1 || (parts[0].slab_keys > 0 && parts[0].slab_keys < parts[0].part.n_keys); }
+    bool has_partials() const {
+        return op.n_ranges > 1 || (parts[0].slab_keys > 0 && parts[0].slab_keys < parts[0].part.n_keys);
+    }
     size_t partial_floats() const { return has_partials() ? rows()*op.n_ranges*op.size_v : 0; }
     size_t partial_sums() const { return has_partials() ? rows()*op.n_ranges : 0; }
     size_t slab_words() const { // of keys, and as many of values
         const turbo_attention_launch & cache = parts[0];
-        const int keys = std::min(cache.slab_keys, cache.part.n_keys), tiles = (keys + TURBO_TILE_KEYS - 1)/TURBO_TILE_KEYS;
+        const int keys = std::min(cache.slab_keys, cache.part.n_keys),
+                  tiles = (keys + TURBO_TILE_KEYS - 1)/TURBO_TILE_KEYS;
         return (size_t) op.n_streams/op.stream_group*op.n_kv_heads*tiles*cache.chunks*turbo_slab_words;
     }
 };
@@ -91,8 +94,8 @@ static inline turbo_attention_mask turbo_mask_of(const ggml_tensor * t, int64_t 
         return { nullptr, 0, 0, 0, 1, 1, true };
     }
     const uint16_t * data = (const uint16_t *) t->data + column;
-    return { data, (uint32_t) (t->nb[1]/2), (uint32_t) (t->nb[2]/2), (uint32_t) (t->nb[3]/2), (int) t->ne[2], (int) t->ne[3],
-             turbo_is_aligned(data, t->nb[1], t->nb[2], t->nb[3]) };
+    return { data, (uint32_t) (t->nb[1]/2), (uint32_t) (t->nb[2]/2), (uint32_t) (t->nb[3]/2),
+             (int) t->ne[2], (int) t->ne[3], turbo_is_aligned(data, t->nb[1], t->nb[2], t->nb[3]) };
 }
 
 // Keys, values and masks of a node's parts.
@@ -123,7 +126,8 @@ static inline uint64_t turbo_extent(const ggml_tensor * t) {
     return t->ne[1]*t->nb[1] + t->ne[2]*t->nb[2] + t->ne[3]*t->nb[3];
 }
 
-static inline int turbo_shared_bytes(const turbo_attention_launch & launch, int warps, int slices, const turbo_device & device) {
+static inline int
+turbo_shared_bytes(const turbo_attention_launch & launch, int warps, int slices, const turbo_device & device) {
     int bytes = 0;
     turbo_with_kernel(launch, [&](auto k, auto v, auto chunks) {
         using kernel = turbo_attention<decltype(k)::value, decltype(v)::value, decltype(chunks)::value>;
@@ -141,7 +145,8 @@ static constexpr int turbo_most_warps = 12; // for which a multiprocessor has re
 // Attention with the recent window, and FLASH_ATTN_EXT of turbo keys or values; of other types it is not ours.
 static inline bool turbo_attention_is_ours(const ggml_tensor * node) {
     return turbo_is_window_attention(node) ||
-           (node->op == GGML_OP_FLASH_ATTN_EXT && (turbo_is_type(node->src[1]->type) || turbo_is_type(node->src[2]->type)));
+           (node->op == GGML_OP_FLASH_ATTN_EXT &&
+            (turbo_is_type(node->src[1]->type) || turbo_is_type(node->src[2]->type)));
 }
 
 static inline turbo_attention_plan turbo_plan_attention(const ggml_tensor * node, const turbo_device & device);
@@ -154,17 +159,19 @@ static inline bool turbo_attention_takes(const ggml_tensor * node, const turbo_d
         for (const ggml_tensor * t : { p.k, p.v }) {
             const int64_t size = t == p.k ? k->ne[0] : v->ne[0];
             if (!turbo_is_source(t) || t->ne[0] != size || size % QK_TURBO != 0 || size/QK_TURBO > turbo_most_warps ||
-                t->nb[0] != ggml_type_size(t->type) || t->ne[1] != p.k->ne[1] || t->ne[2] != k->ne[2] || t->ne[3] != k->ne[3] ||
-                (t->nb[1] | t->nb[2] | t->nb[3]) % 2 != 0 || t->ne[1]*t->nb[1] > UINT32_MAX) {
+                t->nb[0] != ggml_type_size(t->type) || t->ne[1] != p.k->ne[1] || t->ne[2] != k->ne[2] ||
+                t->ne[3] != k->ne[3] || (t->nb[1] | t->nb[2] | t->nb[3]) % 2 != 0 || t->ne[1]*t->nb[1] > UINT32_MAX) {
                 return false;
             }
         }
-        if (p.mask && (p.mask->type != GGML_TYPE_F16 || p.mask->nb[0] != sizeof(ggml_fp16_t) || turbo_extent(p.mask)/2 > UINT32_MAX)) {
+        if (p.mask && (p.mask->type != GGML_TYPE_F16 || p.mask->nb[0] != sizeof(ggml_fp16_t) ||
+                       turbo_extent(p.mask)/2 > UINT32_MAX)) {
             return false;
         }
     }
-    if (q->type != GGML_TYPE_F32 || q->nb[0] != sizeof(float) || (q->nb[1] | q->nb[2] | q->nb[3]) % sizeof(float) != 0 ||
-        q->ne[2] % k->ne[2] != 0 || q->ne[3] % k->ne[3] != 0 || k->ne[1] == 0 || k->ne[1] > INT32_MAX - 1024 ||
+    if (q->type != GGML_TYPE_F32 || q->nb[0] != sizeof(float) ||
+        (q->nb[1] | q->nb[2] | q->nb[3]) % sizeof(float) != 0 || q->ne[2] % k->ne[2] != 0 || q->ne[3] % k->ne[3] != 0 ||
+        k->ne[1] == 0 || k->ne[1] > INT32_MAX - 1024 ||
         (sinks && (sinks->type != GGML_TYPE_F32 || sinks->nb[0] != sizeof(float)))) {
         return false;
     }
@@ -179,8 +186,8 @@ static inline bool turbo_attention_takes(const ggml_tensor * node, const turbo_d
 
 // ---- how it is divided ----
 
-// How many warps a block of threads has. Registers are enough for 12 of a multiprocessor: as three blocks, which hide each
-// other's beginnings and ends, where shared memory has room for their tables; else as one.
+// How many warps a block of threads has. Registers are enough for 12 of a multiprocessor: as three blocks, which hide
+// each other's beginnings and ends, where shared memory has room for their tables; else as one.
 static inline int turbo_plan_warps(const turbo_attention_launch & launch, int slices, const turbo_device & device) {
     constexpr int few = 4;
     if (slices > 1) {
@@ -207,7 +214,8 @@ static inline bool turbo_plan_slab(const turbo_attention_op & op, turbo_attentio
     if (op.n_rows() < turbo_slab_rows || op.size_k != op.size_v || (op.size_k != QK_TURBO && op.size_k != 2*QK_TURBO)) {
         return false;
     }
-    const int64_t rows = TURBO_TILE_ROWS*turbo_slab_warps, blocks = (op.n_rows() + rows - 1)/rows*op.n_kv_heads*op.n_streams;
+    const int64_t rows = TURBO_TILE_ROWS*turbo_slab_warps,
+                  blocks = (op.n_rows() + rows - 1)/rows*op.n_kv_heads*op.n_streams;
     launch.chunks    = op.size_k/QK_TURBO;
     launch.slab_keys = std::max(TURBO_SLAB_KEYS/(op.n_streams/op.stream_group), 64)/TURBO_TILE_KEYS*TURBO_TILE_KEYS;
     launch.threads   = 32*turbo_slab_warps;
@@ -220,9 +228,11 @@ static inline bool turbo_plan_slab(const turbo_attention_op & op, turbo_attentio
 }
 
 // Divides keys into ranges, so that there are blocks of threads for all multiprocessors. It depends on shapes alone.
-static inline void turbo_plan_part(const turbo_attention_op & op, turbo_attention_launch & launch, const turbo_device & device) {
+static inline void
+turbo_plan_part(const turbo_attention_op & op, turbo_attention_launch & launch, const turbo_device & device) {
     turbo_attention_part & part = launch.part;
-    const bool pairs = launch.k && launch.v && op.size_k == 2*QK_TURBO && op.size_v == 2*QK_TURBO && part.k.aligned && part.v.aligned;
+    const bool pairs = launch.k && launch.v && op.size_k == 2*QK_TURBO && op.size_v == 2*QK_TURBO &&
+                       part.k.aligned && part.v.aligned;
     launch.chunks = pairs ? 2 : 1;
     const int slices = pairs ? 1 : turbo_slices(op), warps = turbo_plan_warps(launch, slices, device);
     launch.threads      = 32*warps;
@@ -249,7 +259,8 @@ static inline turbo_attention_plan turbo_plan_attention(const ggml_tensor * node
     op.q = (const char *) q->data;
     op.q_query = q->nb[1], op.q_head = q->nb[2], op.q_stream = q->nb[3];
     op.size_k = (int) k->ne[0], op.size_v = (int) v->ne[0];
-    op.n_queries = (int) q->ne[1], op.n_heads = (int) q->ne[2], op.n_kv_heads = (int) k->ne[2], op.n_streams = (int) q->ne[3];
+    op.n_queries = (int) q->ne[1], op.n_heads = (int) q->ne[2], op.n_kv_heads = (int) k->ne[2],
+    op.n_streams = (int) q->ne[3];
     op.group = op.n_heads/op.n_kv_heads, op.stream_group = (int) (q->ne[3]/k->ne[3]);
     op.scale = factors[0], op.max_bias = factors[1], op.softcap = factors[2];
     op.sinks = sinks ? (const float *) sinks->data : nullptr;

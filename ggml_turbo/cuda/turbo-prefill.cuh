@@ -1,8 +1,8 @@
 #pragma once
 
-// Attention of many rows: the keys are taken in slabs. One kernel unpacks a slab of keys and values to halves, once for all
-// rows, in the very order in which lanes hold them; another attends to it and goes on from the state that the slab before
-// left. So the memory for it depends on neither the number of keys nor the types.
+// Attention of many rows: the keys are taken in slabs. One kernel unpacks a slab of keys and values to halves, once
+// for all rows, in the very order in which lanes hold them; another attends to it and goes on from the state that the
+// slab before left. So the memory for it depends on neither the number of keys nor the types.
 
 #include "turbo-attention.cuh"
 
@@ -57,14 +57,19 @@ static __global__ void __launch_bounds__(32*turbo_unpack_warps) turbo_unpack(
         if (tile >= n_tiles) {
             return;
         }
-        const char * from = source.data + head*source.head + stream*source.stream + (int64_t) (first_key + key0)*source.key;
+        const char * from =
+            source.data + head*source.head + stream*source.stream + (int64_t) (first_key + key0)*source.key;
         const turbo_unpack_tile rows = { source.type, source.aligned, from, source.key, n_keys - key0, chunk };
-        uint32_t * to = slab + (((int64_t) stream*(gridDim.y/chunks) + head)*n_tiles*chunks + (int64_t) tile*chunks + chunk)*turbo_slab_words;
+        uint32_t * to = slab + (((int64_t) stream*(gridDim.y/chunks) + head)*n_tiles*chunks +
+                                (int64_t) tile*chunks + chunk) *
+                                   turbo_slab_words;
         float * scales = (float *) (to + turbo_slab_halves);
         uint32_t words[16];
         if constexpr (BITS != 0) {
             const char * block = from + chunk*TURBO_BLOCK_BYTES(BITS);
-            const auto odd = [&](int key) { return (int) ((uintptr_t) (block + min(key, n_keys - key0 - 1)*source.key) >> 1 & 1); };
+            const auto odd = [&](int key) {
+                return (int) ((uintptr_t) (block + min(key, n_keys - key0 - 1)*source.key) >> 1 & 1);
+            };
             turbo_sync_warp(); // the tile before is read
             staged::copy(stage, block, (uint32_t) source.key, 0, n_keys - key0, lane);
             turbo_commit_copies();
@@ -101,7 +106,8 @@ static __global__ void __launch_bounds__(32*turbo_unpack_warps) turbo_unpack(
 #pragma unroll
             for (int k = 0; k < 4; ++k) {
                 const int key = k/2*8 + k % 2 + 2*t;
-                const float scale = turbo_stock_halves<8>(rows.type, rows.aligned, rows.row(key), QK_TURBO*chunk + 8*g, 28, h[k]);
+                const float scale =
+                    turbo_stock_halves<8>(rows.type, rows.aligned, rows.row(key), QK_TURBO*chunk + 8*g, 28, h[k]);
                 if (g == 0) {
                     scales[key] = scale;
                 }
@@ -114,7 +120,8 @@ static __global__ void __launch_bounds__(32*turbo_unpack_warps) turbo_unpack(
 #pragma unroll
             for (int n = 0; n < 2; ++n) {
                 uint32_t h[8];
-                const float scale = turbo_stock_halves<16>(rows.type, rows.aligned, rows.row(8*n + g), QK_TURBO*chunk + 16*t, 3, h);
+                const float scale = turbo_stock_halves<16>(rows.type, rows.aligned, rows.row(8*n + g),
+                                                           QK_TURBO*chunk + 16*t, 3, h);
                 if (t == 0) {
                     scales[8*n + g] = scale;
                 }
@@ -129,7 +136,9 @@ static __global__ void __launch_bounds__(32*turbo_unpack_warps) turbo_unpack(
 }
 
 static inline int turbo_unpack_shared_bytes(int bits, uint32_t begin) { // for the most bits
-    return bits == 0 ? 0 : 4*(turbo_words_before_table(begin) + TURBO_BANKED_TABLE_WORDS + turbo_unpack_warps*(TURBO_TILE_KEYS*9 + 4));
+    return bits == 0 ? 0
+                     : 4*(turbo_words_before_table(begin) + TURBO_BANKED_TABLE_WORDS +
+                            turbo_unpack_warps*(TURBO_TILE_KEYS*9 + 4));
 }
 
 // A slab, for a launch.
@@ -142,17 +151,20 @@ struct turbo_slab {
 // 16 rows for each warp of a block, which share the keys. Of heads of 64*CHUNKS.
 template<int CHUNKS> struct turbo_slab_attention : turbo_attention<0, 0, CHUNKS> {
     using base = turbo_attention<0, 0, CHUNKS>;
-    using base::op, base::part, base::lane, base::g, base::t, base::warps, base::shared, base::mask, base::ahead, base::score, base::out,
-        base::reference, base::total, base::query, base::inverse_unit;
+    using base::op, base::part, base::lane, base::g, base::t, base::warps, base::shared, base::mask, base::ahead,
+        base::score, base::out, base::reference, base::total, base::query, base::inverse_unit;
 
     static constexpr int part_words = CHUNKS*turbo_slab_words; // keys or values of a tile
 
     static __host__ __device__ int shared_words(int warps) { return warps*base::warp_words + 4*part_words; }
 
-    __device__ __forceinline__ turbo_slab_attention(const turbo_attention_op & op, const turbo_attention_part & part, uint32_t * shared)
+    __device__ __forceinline__ turbo_slab_attention(const turbo_attention_op & op, const turbo_attention_part & part,
+                                                    uint32_t * shared)
         : base(op, part, shared) {}
 
-    __device__ __forceinline__ uint32_t * stage(int i) const { return shared + warps*base::warp_words + 2*i*part_words; }
+    __device__ __forceinline__ uint32_t * stage(int i) const {
+        return shared + warps*base::warp_words + 2*i*part_words;
+    }
 
     // All threads of the block.
     __device__ __forceinline__ void copy(int i, const turbo_slab & slab, int64_t tile) const {
@@ -192,7 +204,8 @@ template<int CHUNKS> struct turbo_slab_attention : turbo_attention<0, 0, CHUNKS>
             const float s = ((const float *) (v + i/4*turbo_slab_words + turbo_slab_halves))[i % 4/2*8 + i % 2 + 2*t];
             scale[i/4][i % 4] = sees >> i % 4 & 1 ? s : 0.0f;
         }
-        const uint32_t keep[2] = { (sees & 1 ? 0xffffu : 0) | (sees & 2 ? 0xffff0000u : 0), (sees & 4 ? 0xffffu : 0) | (sees & 8 ? 0xffff0000u : 0) };
+        const uint32_t keep[2] = { (sees & 1 ? 0xffffu : 0) | (sees & 2 ? 0xffff0000u : 0),
+                                   (sees & 4 ? 0xffffu : 0) | (sees & 8 ? 0xffff0000u : 0) };
         base::pack_weights(scale, a);
 #pragma unroll
         for (int i = 0; i < 4*CHUNKS; ++i) {
@@ -238,7 +251,8 @@ template<int CHUNKS> struct turbo_slab_attention : turbo_attention<0, 0, CHUNKS>
         }
     }
 
-    __device__ __forceinline__ void run(const turbo_slab & slab, int kv_head, int stream, const turbo_query_row (&rows)[2]) {
+    __device__ __forceinline__ void
+    run(const turbo_slab & slab, int kv_head, int stream, const turbo_query_row (&rows)[2]) {
         base::load_queries(rows);
         if (!slab.is_first) {
             load_state(rows);
@@ -278,12 +292,15 @@ template<int CHUNKS> struct turbo_slab_attention : turbo_attention<0, 0, CHUNKS>
 };
 
 template<int CHUNKS>
-static __global__ void __launch_bounds__(256, 1) turbo_attend_slab(const turbo_attention_op op, const turbo_attention_part part, const turbo_slab slab) {
+static __global__ void __launch_bounds__(256, 1)
+    turbo_attend_slab(const turbo_attention_op op, const turbo_attention_part part, const turbo_slab slab) {
     extern __shared__ __align__(16) uint32_t turbo_attention_memory[];
     const int rows_of_block = blockDim.x/32*TURBO_TILE_ROWS, n_blocks = (op.n_rows() + rows_of_block - 1)/rows_of_block;
-    const int block = blockIdx.x % n_blocks, kv_head = blockIdx.x/n_blocks % op.n_kv_heads, stream = blockIdx.x/n_blocks/op.n_kv_heads;
+    const int block = blockIdx.x % n_blocks, kv_head = blockIdx.x/n_blocks % op.n_kv_heads,
+              stream = blockIdx.x/n_blocks/op.n_kv_heads;
     const int row = rows_of_block*block + threadIdx.x/32*TURBO_TILE_ROWS + threadIdx.x % 32/4;
-    const turbo_query_row rows[2] = { turbo_query_row(op, stream, kv_head, row), turbo_query_row(op, stream, kv_head, row + 8) };
+    const turbo_query_row rows[2] = { turbo_query_row(op, stream, kv_head, row),
+                                      turbo_query_row(op, stream, kv_head, row + 8) };
     turbo_slab_attention<CHUNKS> attention(op, part, turbo_attention_memory);
     attention.run(slab, kv_head, stream, rows);
 }

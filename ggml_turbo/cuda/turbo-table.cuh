@@ -41,8 +41,9 @@ template<int LOW, int HIGH> static __device__ __forceinline__ void turbo_fill_ba
     }
 }
 
-// How many words of shared memory are before the table: in the address of an entry, the lane and the table's place are put in
-// with the mask, as one instruction, so the table's address must be a multiple of its size. begin: of the memory, in bytes.
+// How many words of shared memory are before the table: in the address of an entry, the lane and the table's place are
+// put in with the mask, as one instruction, so the table's address must be a multiple of its size. begin: of the
+// memory, in bytes.
 static __host__ __device__ __forceinline__ int turbo_words_before_table(uint32_t begin) {
     return (int) ((0u - begin) % (4*TURBO_BANKED_TABLE_WORDS)/4);
 }
@@ -65,7 +66,8 @@ struct turbo_banked_table {
 #if defined(__CUDA_ARCH__) && !defined(GGML_USE_HIP)
     uint32_t own; // address of the entry of state 0
 
-    // The shuffle changes nothing; but what comes from one the compiler keeps, instead of making it anew for each entry.
+    // The shuffle changes nothing; but what comes from one the compiler keeps, instead of making it anew for each
+    // entry.
     __device__ __forceinline__ turbo_banked_table(const uint32_t * table, int lane)
         : own(__shfl_sync(TURBO_FULL_WARP, (uint32_t) __cvta_generic_to_shared(table) | (uint32_t) lane << 2, lane)) {}
 
@@ -78,7 +80,8 @@ struct turbo_banked_table {
 #else
     const uint8_t * own;
 
-    __device__ __forceinline__ turbo_banked_table(const uint32_t * table, int lane) : own((const uint8_t *) (table + lane)) {}
+    __device__ __forceinline__ turbo_banked_table(const uint32_t * table, int lane)
+        : own((const uint8_t *) (table + lane)) {}
 
     __device__ __forceinline__ uint32_t operator[](uint32_t offset) const { return *(const uint32_t *) (own + offset); }
 #endif

@@ -1,5 +1,5 @@
-// The attention kernels of CUDA in the emulator: reads problems from standard input, each after the numbers that say how it
-// is run, and writes their results to standard output, as test_cuda_attention.py has them.
+// The attention kernels of CUDA in the emulator: reads problems from standard input, each after the numbers that say
+// how it is run, and writes their results to standard output, as test_cuda_attention.py has them.
 
 #include <memory> // before the dialect's macros
 

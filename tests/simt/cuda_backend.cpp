@@ -7,6 +7,12 @@
 #include "cuda/turbo-cuda.h"
 
 static bool (*supports)(ggml_backend_dev_t device, const ggml_tensor * op);
+static bool takes_attention = true;
+
+// Whether the device attends, too, from now on; else the CPU does, to what the device has stored.
+extern "C" void simt_take_attention(bool take) {
+    takes_attention = take;
+}
 
 static bool supports_only_ours(ggml_backend_dev_t device, const ggml_tensor * op) {
     switch (op->op) {
@@ -19,9 +25,17 @@ static bool supports_only_ours(ggml_backend_dev_t device, const ggml_tensor * op
         case GGML_OP_MUL_MAT:
         case GGML_OP_MUL_MAT_ID:
             return false; // cuBLAS
+        case GGML_OP_FLASH_ATTN_EXT:
+        case GGML_OP_CUSTOM:
+            return takes_attention && ggml_cuda_turbo_supports(0, op) == 1 && supports(device, op);
         default:
             return ggml_cuda_turbo_supports(0, op) == 1 && supports(device, op);
     }
+}
+
+// As fattn.cu, which is not compiled here, says of types that its kernels do not take: no scratch beside the result.
+size_t ggml_cuda_flash_attn_ext_get_alloc_size(int, const ggml_tensor * result) {
+    return ggml_nbytes(result);
 }
 
 extern "C" ggml_backend_reg_t ggml_backend_init() {

@@ -1,6 +1,11 @@
 // The kernels that objects of nvcc launch, by name, in the emulator. The name of a kernel is that of the function here.
 
+#include <memory> // before the dialect's macros
+
+#include "tensor_cores.h"
+
 #include "cuda/turbo-encode.cuh"
+#include "cuda/turbo-plan.cuh"
 #include "cuda/turbo-rows.cuh"
 
 #include <cxxabi.h>
@@ -38,8 +43,16 @@ template<auto... kernels> static std::map<std::string, run> table() {
     return { { name<kernels>(), runner<kernels>(kernels) }... };
 }
 
-#define KERNELS(K, ID) turbo_encode<K>, turbo_decode<K, float>, turbo_decode<K, half>, turbo_decode<K, nv_bfloat16>,
-static const std::map<std::string, run> kernels = table<TURBO_TYPES(KERNELS) turbo_copy>();
+SIMT_DYNAMIC_SHARED(uint32_t, turbo_attention_memory);
+
+#define OF_TYPE(K, ID)                                                                              \
+    turbo_encode<K>, turbo_decode<K, float>, turbo_decode<K, half>, turbo_decode<K, nv_bfloat16>,   \
+    turbo_unpack<K, false>, turbo_unpack<K, true>,
+#define ATTEND(K, V, CHUNKS) turbo_attend<K, V, CHUNKS>,
+static const std::map<std::string, run> kernels = table<
+    TURBO_TYPES(OF_TYPE) TURBO_ATTENTION_KERNELS(ATTEND)
+    turbo_unpack<0, false>, turbo_unpack<0, true>, turbo_attend_slab<1>, turbo_attend_slab<2>,
+    turbo_combine, turbo_copy>();
 
 static std::map<std::string, int> launches;
 

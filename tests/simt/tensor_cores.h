@@ -1,7 +1,7 @@
 #pragma once
 
-// What attention kernels have of a GPU beyond CUDA's language: the product of small tiles, and asynchronous copies. Include
-// before the kernels.
+// What attention kernels have of a GPU beyond CUDA's language: the product of small tiles, and asynchronous copies.
+// Include before the kernels.
 
 #include "cuda.h"
 
@@ -20,6 +20,16 @@ inline double half_of(uint32_t pair, int i) {
 }
 
 } // namespace simt
+
+namespace simt {
+// Where dynamic shared memory begins in its address space. Kernels whose tables must lie at multiples of their size
+// ask.
+inline uint32_t shared_begin = 0;
+
+inline bool copies_are_late = true; // see below
+} // namespace simt
+
+#if !defined(SIMT_AMD) // whose GPUs have neither
 
 #define TURBO_HAS_MMA
 inline void turbo_mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, SIMT_WHERE) {
@@ -46,16 +56,9 @@ inline void turbo_mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32
     }
 }
 
-// Where dynamic shared memory begins in its address space. Kernels whose tables must lie at multiples of their size ask.
-namespace simt {
-inline uint32_t shared_begin = 0;
-}
-
 // Asynchronous copies are done when they are begun, or when they are waited for: whatever else is done to their memory
 // between the two is wrong in one of the modes.
 namespace simt {
-
-inline bool copies_are_late = true;
 
 struct copy {
     uint32_t *       to;
@@ -106,3 +109,5 @@ inline void turbo_wait_for_copies() {
         groups.pop_front();
     }
 }
+
+#endif
