@@ -5,6 +5,10 @@
 //
 // It prints what it has compared; the first difference ends it with status 1.
 
+#include <memory> // before the dialect's macros
+
+#include "tensor_cores.h"
+
 #include "cuda/turbo-cuda.cu"
 #include "cuda/turbo-encode.cu"
 #include "cuda/turbo-rows.cu"

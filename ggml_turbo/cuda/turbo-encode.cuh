@@ -23,7 +23,7 @@ template<typename T, typename F> static __device__ __forceinline__ T turbo_warp_
 }
 
 static __device__ __forceinline__ unsigned turbo_warp_min(unsigned value) {
-#if !defined(GGML_USE_HIP) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+#if defined(SIMT_AMPERE) || (!defined(GGML_USE_HIP) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800)
     return __reduce_min_sync(TURBO_FULL_WARP, value);
 #else
     return turbo_warp_reduce(value, [](unsigned a, unsigned b) { return a < b ? a : b; });
