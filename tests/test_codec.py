@@ -12,6 +12,7 @@ import pytest
 import instruction_sets
 import turboquant_gguf
 from turboquant_gguf.codec import codec_numpy
+from turboquant_gguf.turbo_tables import TABLES
 from turboquant_gguf.weights import converter
 
 ROOT = Path(__file__).parent.parent
@@ -91,14 +92,19 @@ def test_tables_of_all_languages_agree(name: str):
     codebook = CODECS[name].codebook
     tables = FORMAT / "tables"
     c = (tables / "turbo-tables.h").read_text().split(".bits")[NAMES.index(name) + 1]
-    metal, glsl = (tables / "turbo-tables.metal").read_text(), (tables / "turbo-tables.glsl").read_text()
+    metal, glsl, cuda = ((tables / f"turbo-tables.{language}").read_text() for language in ("metal", "glsl", "cuh"))
 
     def entries(text: str, after: str, until: str) -> list[int]:
         return [int(entry.strip().rstrip("u"), 0) for entry in text.split(after)[1].split(until)[0].split(",")]
 
     assert entries(c.split(".codebook ")[1], "{", "}") == codebook.tolist()
     assert entries(c.split(".by_low ")[1], "{", "}") == codebook.reshape(-1, 1 << CODECS[name].bits).T.ravel().tolist()
-    assert entries(metal, f"{name}_codebook[256] = {{", "}") == codebook.tolist()
+    for text in (metal, cuda):
+        assert entries(text, f"{name}_codebook[256] = {{", "}") == codebook.tolist()
+    for table in "abp":
+        words = entries(cuda.split(f"turbo_tables<{CODECS[name].bits}>")[1], f" {table}[4] = {{", "}")
+        expected = getattr(TABLES[NAMES.index(name)], table)
+        assert tuple(np.array(words, np.uint32).view(np.int8).tolist()) == expected
     words = entries(glsl, f"{name}_codebook[64] = uint[](", ")")
     assert np.array(words, np.uint32).view(np.int8).tolist() == codebook.tolist()
     assert np.abs(codebook).max() <= 127
