@@ -57,7 +57,7 @@ static bool takes_operator(ggml_backend_dev_t device, const llama_turbo_window::
     ggml_tensor * known = turbo_window_attention(ctx.get(), sources, 1.0f, 0.0f, 0.0f);
     const auto nothing = [](ggml_tensor *, int, int, void *) {};
     ggml_tensor * unknown = ggml_custom_4d(
-        ctx.get(), known->type, known->ne[0], known->ne[1], known->ne[2], known->ne[3], sources, TURBO_WINDOW_SOURCES, nothing, 1, nullptr);
+        ctx.get(), known->type, known->ne[0], known->ne[1], known->ne[2], known->ne[3], sources, TURBO_WINDOW_RING, nothing, 1, nullptr);
     return ggml_backend_dev_supports_op(device, known) && !ggml_backend_dev_supports_op(device, unknown);
 }
 
