@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -171,6 +172,7 @@ _PROTOTYPES: dict[str, dict[str, tuple]] = {
         "ggml_backend_dev_count": (c_size_t,),
         "ggml_backend_dev_get": (c_void_p, c_size_t),
         "ggml_backend_dev_by_name": (c_void_p, c_char_p),
+        "ggml_backend_load": (c_void_p, c_char_p),
     },
     "ggml-cpu": {
         "ggml_backend_cpu_init": (c_void_p,),
@@ -214,6 +216,13 @@ def function(name: str):
     found = getattr(_library(library), name)
     found.restype, *found.argtypes = _PROTOTYPES[library][name]
     return found
+
+
+@cache
+def load_backend() -> None:
+    """Loads the back end that GGML_BACKEND_PATH names, if it names one, as llama.cpp's programs do."""
+    if path := os.environ.get("GGML_BACKEND_PATH"):
+        function("ggml_backend_load")(path.encode())
 
 
 @contextmanager
@@ -301,6 +310,7 @@ class Graph(Owner):
         size = self.MAX_TENSORS * function("ggml_tensor_overhead")() + function("ggml_graph_overhead")()
         self._contents: list[tuple[int, NDArray]] = []
         with ExitStack() as owned:
+            load_backend()
             self._device = function("ggml_backend_dev_by_name")(device.encode()) if device else None
             if device and not self._device:
                 raise ValueError(f"ggml has no device called {device!r}")

@@ -202,4 +202,5 @@ def _bindings() -> ModuleType:
             "This needs llama-cpp-python. Install it without a second llama.cpp: CMAKE_ARGS=-DLLAMA_BUILD=OFF "
             "pip install 'turboquant-gguf[python]'"
         ) from error
+    ggml.load_backend()
     return llama_cpp

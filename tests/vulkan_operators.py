@@ -1,4 +1,7 @@
-"""The operators of the turbo types on a Vulkan device, against the CPU's and against float64. Run by test_vulkan.py."""
+"""The operators of the turbo types on a Vulkan device, against the CPU's and against float64. test_vulkan.py runs this.
+
+In a process of its own: in one that has a device, everything else would use it, too.
+"""
 
 from dataclasses import replace
 
@@ -166,7 +169,7 @@ def test_attention_with_a_recent_window(type_k: str, type_v: str):
                               sinks=np.linspace(-3, 3, 4).astype(np.float32)), 64, 6, 5))  # fmt: skip
 
 
-def test_what_is_not_computed_is_refused():
+def test_attention_that_is_not_computed_is_refused():
     asked = problem("turbo4", "q6_K", (256, 256), 1, 64)
     with pytest.raises(ValueError, match="does not compute"):
         Attention(asked, device=DEVICE)
