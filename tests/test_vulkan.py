@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -66,24 +66,26 @@ def library(build_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return shutil.copy(build(build_folder, ROOT / "ggml_turbo" / "vulkan"), tmp_path_factory.mktemp("vulkan"))
 
 
-@pytest.fixture
-def device(library: Path, build_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Processes that are started from here on have the device Vulkan0."""
-    monkeypatch.setenv("GGML_BACKEND_PATH", str(library))
-    monkeypatch.setenv("VK_ICD_FILENAMES", str(next(Path(DRIVERS).glob("lvp_icd*.json"))))
-    monkeypatch.setenv("GGML_VK_VISIBLE_DEVICES", "0")  # a device that is a CPU must be asked for
-    monkeypatch.setenv("GALLIVM_PERF", "nopt")  # seconds a pipeline, not minutes
-    monkeypatch.setenv("MESA_SHADER_CACHE_DIR", str(build_folder / "pipelines"))
+@pytest.fixture(scope="session")
+def device(library: Path, build_folder: Path) -> dict[str, str]:
+    """Variables that give a process the device Vulkan0."""
+    return {
+        "GGML_BACKEND_PATH": str(library),
+        "VK_ICD_FILENAMES": str(next(Path(DRIVERS).glob("lvp_icd*.json"))),
+        "GGML_VK_VISIBLE_DEVICES": "0",  # a device that is a CPU must be asked for
+        "GALLIVM_PERF": "nopt",  # seconds a pipeline, not minutes
+        "MESA_SHADER_CACHE_DIR": str(build_folder / "pipelines"),
+    }
 
 
-def run_operators(*options: str) -> subprocess.CompletedProcess:
+def run_operators(device: dict[str, str], *options: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", Path(__file__).with_name("vulkan_operators.py")]
-    return subprocess.run([*command, *options], capture_output=True, text=True, cwd=ROOT, check=False)
+    return subprocess.run([*command, *options], env=os.environ | device, capture_output=True, text=True, cwd=ROOT, check=False)
 
 
 @pytest.mark.parametrize("which", ["rows", "attention"])
 def test_operators(device, which: str):
-    done = run_operators("-k", which)
+    done = run_operators(device, "-k", which)
     assert done.returncode == 0, done.stdout[-4000:]
 
 
@@ -94,14 +96,13 @@ FAULTS = {  # a line of a shader, what stands there instead, and what notices
 
 
 @pytest.mark.parametrize("shader", FAULTS)
-def test_a_fault_in_a_shader_is_noticed(device, build_folder: Path, shader: str, tmp_path: Path, monkeypatch):
+def test_a_fault_in_a_shader_is_noticed(device, build_folder: Path, shader: str, tmp_path: Path):
     right, wrong, noticed = FAULTS[shader]
     copy = shutil.copytree(ROOT / "ggml_turbo" / "vulkan", tmp_path / "vulkan")
     text = (copy / shader).read_text()
     assert text.count(right) == 1
     (copy / shader).write_text(text.replace(right, wrong))
-    monkeypatch.setenv("GGML_BACKEND_PATH", str(build(build_folder, copy)))
-    done = run_operators("-x", "-k", noticed)
+    done = run_operators(device | {"GGML_BACKEND_PATH": str(build(build_folder, copy))}, "-x", "-k", noticed)
     assert done.returncode == 1 and "FAILED" in done.stdout, done.stdout[-4000:]
 
 
@@ -125,24 +126,25 @@ def require_near(expected: list[np.ndarray], found: list[np.ndarray]) -> None:
 
 
 def both(
-    path: Path, types: CacheTypes, gpu_layers: int = 99, do: Callable = vulkan_sequences.everything, **options: object
+    device: dict[str, str], path: Path, types: CacheTypes, gpu_layers: int = 99, **options: object
 ) -> str:
     """Requires the logits of the CPU from the device; gives the device's log."""
+    do = vulkan_sequences.everything
     expected, _ = vulkan_sequences.run(path, types, 0, do, (), options)
-    found, log = vulkan_sequences.on_device(path, types, gpu_layers, do, (), options)
+    found, log = vulkan_sequences.on_device(device, path, types, gpu_layers, do, (), options)
     require_near(expected, found)
     return log
 
 
 @pytest.mark.parametrize("types, window, unified", [(TURBO4, 32, True), (MIXED, 32, False), (MIXED, 0, True)], ids=str)
 def test_all_that_happens_to_sequences(device, plain: Path, types: CacheTypes, window: int, unified: bool):
-    log = both(plain, types, window=window, unified=unified)
+    log = both(device, plain, types, window=window, unified=unified)
     assert "Vulkan0 KV buffer size" in log
     assert ("recent window: the last 32" in log) == bool(window) and "no recent window" not in log
 
 
 def test_calibrated_keys(device, calibrated: Path):
-    log = both(calibrated, TURBO4, window=32)
+    log = both(device, calibrated, TURBO4, window=32)
     assert "centred in 2 of them, by position" in log and "not centred" not in log
 
 
@@ -151,24 +153,26 @@ def test_centres_that_turn_change_nothing(device, plain: Path, calibrated: Path,
     monkeypatch.setenv("TURBO_CALIBRATION", "force")
     do, options = vulkan_sequences.everything, dict(flash="enabled")
     expected, _ = vulkan_sequences.run(plain, EXACT, 0, do, (), dict(flash="disabled"))
-    found, _ = vulkan_sequences.on_device(calibrated, EXACT, 99, do, (), options)
+    found, _ = vulkan_sequences.on_device(device, calibrated, EXACT, 99, do, (), options)
     require_near(expected, found)
 
 
 @pytest.mark.parametrize("gpu_layers, options", [(2, {}), (99, {"offload_kqv": False})])
 def test_layers_on_both(device, calibrated: Path, gpu_layers: int, options: dict):
     """Each layer's cache and ring lie where the layer does, or all of them with the CPU."""
-    log = both(calibrated, TURBO4, gpu_layers, window=32, **options)
+    log = both(device, calibrated, TURBO4, gpu_layers, window=32, **options)
     assert set(re.findall(r"(\w+) KV buffer size", log)) == ({"CPU"} if options else {"CPU", "Vulkan0"})
     assert "recent window: the last 32" in log and "no recent window" not in log
 
 
 @pytest.mark.parametrize("first, second", [(99, 0), (0, 99)])
 def test_a_state_goes_from_a_device_to_the_cpu_and_back(device, plain: Path, first: int, second: int):
-    places = {0: vulkan_sequences.run, 99: vulkan_sequences.on_device}
-    (state, expected), _ = places[first](plain, TURBO4, first, vulkan_sequences.save, (), dict(window=32))
-    found, _ = places[second](plain, TURBO4, second, vulkan_sequences.restore, (state,), dict(window=32))
-    require_near(expected, found)
+    def run(gpu_layers: int, do: Callable, *arguments: object) -> object:
+        where = (vulkan_sequences.on_device, device) if gpu_layers else (vulkan_sequences.run,)
+        return where[0](*where[1:], plain, TURBO4, gpu_layers, do, arguments, dict(window=32))[0]
+
+    state, expected = run(first, vulkan_sequences.save)
+    require_near(expected, run(second, vulkan_sequences.restore, state))
 
 
 def test_perplexity_names_the_device(device, plain: Path, tmp_path: Path):
@@ -176,6 +180,6 @@ def test_perplexity_names_the_device(device, plain: Path, tmp_path: Path):
     text.write_text("The lens gathers what the mirror throws away, and the light goes out over the water. " * 8)
     command = [sys.executable, "-m", "turboquant_gguf.cli", "ppl", plain, "--gpu-layers", "99", "--text", text,
                "--types", "turbo4", "--context", "256", "--chunks", "1"]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=os.environ | device, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "llvmpipe" in done.stdout, done.stdout

@@ -1,5 +1,6 @@
 """What happens to sequences whose cache lies on a Vulkan device, in a process that has one. test_vulkan.py runs this."""
 
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -54,7 +55,15 @@ def run(
             return do(cache, *arguments), "".join(model.log)
 
 
-def on_device(*arguments: object) -> tuple[object, str]:
-    """The same in a process of its own."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+def _begin(environment: dict[str, str]) -> None:
+    os.environ.update(environment)
+
+
+def on_device(environment: dict[str, str], *arguments: object) -> tuple[object, str]:
+    """The same in a process of its own, which has these variables.
+
+    One context for each process: with more of them, llama.cpp on Debian 12's lavapipe corrupts its heap, also with a
+    cache of f16.
+    """
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_begin, initargs=(environment,)) as process:
         return process.submit(run, *arguments).result()
