@@ -32,9 +32,10 @@ NEEDED = {  # what a package of Debian 12 brings
 }
 
 TURBO4, MIXED = CacheTypes.parse("turbo4"), CacheTypes.parse("turbo3:turbo2")
-BOUND = 0.03
-"""How far logits may be from the CPU's, relatively: the CPU rounds queries to 8 bits, a device multiplies matrices in
-f16, and both move some values of the cache to the neighbouring code."""
+BOUND = 1.5
+"""How far logits may be from those of a cache of float32, as multiples of the CPU's. The CPU rounds queries to 8 bits and a
+device does not: values of the next layer's cache move to neighbouring codes, and a cache of few bits makes much of it. So
+the two are no nearer to each other than each is to float32."""
 
 
 def build(folder: Path, shaders: Path) -> Path:
@@ -74,6 +75,7 @@ def device(library: Path, build_folder: Path) -> dict[str, str]:
         "VK_ICD_FILENAMES": str(next(Path(DRIVERS).glob("lvp_icd*.json"))),
         "GGML_VK_VISIBLE_DEVICES": "0",  # a device that is a CPU must be asked for
         "GALLIVM_PERF": "nopt",  # seconds a pipeline, not minutes
+        "GGML_VK_DISABLE_F16": "1",  # matrices are multiplied in float32, so that logits can be near the CPU's
         "MESA_SHADER_CACHE_DIR": str(build_folder / "pipelines"),
     }
 
@@ -119,20 +121,24 @@ def calibrated(plain: Path) -> Path:
     return random_calibration(plain, plain.with_name("calibrated.gguf"))
 
 
-def require_near(expected: list[np.ndarray], found: list[np.ndarray]) -> None:
+def error(exact: list[np.ndarray], found: list[np.ndarray]) -> float:
     assert all(np.isfinite(x).all() for x in found)
-    errors = [compare(*pair).relative_error for pair in zip(expected, found, strict=True)]
-    assert max(errors) < BOUND, errors
+    return compare(np.concatenate(exact), np.concatenate(found)).relative_error
 
 
-def both(
-    device: dict[str, str], path: Path, types: CacheTypes, gpu_layers: int = 99, **options: object
-) -> str:
-    """Requires the logits of the CPU from the device; gives the device's log."""
+def require_as_exact(path: Path, expected: list[np.ndarray], found: list[np.ndarray], do: Callable) -> None:
+    """The device is about as near to a cache of float32 as the CPU is."""
+    exact, _ = vulkan_sequences.run(path, EXACT, 0, do, (), {})
+    errors = [error(exact, logits) for logits in (expected, found)]
+    assert errors[1] < BOUND * errors[0], errors
+
+
+def both(device: dict[str, str], path: Path, types: CacheTypes, gpu_layers: int = 99, **options: object) -> str:
+    """Requires of the device what the CPU does; gives the device's log."""
     do = vulkan_sequences.everything
     expected, _ = vulkan_sequences.run(path, types, 0, do, (), options)
     found, log = vulkan_sequences.on_device(device, path, types, gpu_layers, do, (), options)
-    require_near(expected, found)
+    require_as_exact(path, expected, found, do)
     return log
 
 
@@ -154,7 +160,7 @@ def test_centres_that_turn_change_nothing(device, plain: Path, calibrated: Path,
     do, options = vulkan_sequences.everything, dict(flash="enabled")
     expected, _ = vulkan_sequences.run(plain, EXACT, 0, do, (), dict(flash="disabled"))
     found, _ = vulkan_sequences.on_device(device, calibrated, EXACT, 99, do, (), options)
-    require_near(expected, found)
+    assert error(expected, found) < 1e-3
 
 
 @pytest.mark.parametrize("gpu_layers, options", [(2, {}), (99, {"offload_kqv": False})])
@@ -172,7 +178,7 @@ def test_a_state_goes_from_a_device_to_the_cpu_and_back(device, plain: Path, fir
         return where[0](*where[1:], plain, TURBO4, gpu_layers, do, arguments, dict(window=32))[0]
 
     state, expected = run(first, vulkan_sequences.save)
-    require_near(expected, run(second, vulkan_sequences.restore, state))
+    assert error(expected, run(second, vulkan_sequences.restore, state)) < 0.05
 
 
 def test_perplexity_names_the_device(device, plain: Path, tmp_path: Path):
