@@ -16,7 +16,7 @@ TOKENS = [3 + token * 37 % 250 for token in range(200)]
 
 
 def everything(cache: Sequences) -> list[np.ndarray]:
-    """A prompt, an answer, rejected drafts, a copy, a context shift, a state that is restored: logits of each."""
+    """A prompt, an answer, rejected drafts, a copy, a removal, a state that is restored: logits of each."""
     found = [cache.prompt(TOKENS[:100]), cache.answer(TOKENS[100:103], 100)]
     cache.prompt(TOKENS[:5], first=103)  # a draft
     cache.remove(0, 104, -1)
@@ -25,8 +25,7 @@ def everything(cache: Sequences) -> list[np.ndarray]:
     found.append(cache.read((TOKENS[106], 106, 0), (TOKENS[7], 106, 1)))
     state = cache.saved(1)
     cache.remove(0, 4, 44)
-    cache.add(0, 44, -1, -40)
-    found.append(cache.answer(TOKENS[107:109], 67))
+    found.append(cache.answer(TOKENS[107:109], 107))
     cache.restore(state, 2)
     found.append(cache.answer(TOKENS[107:109], 107, 2))
     found.append(cache.prompt(TOKENS[20:60], 3))
