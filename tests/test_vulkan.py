@@ -1,7 +1,7 @@
 """The Vulkan back end on Mesa's lavapipe, a driver that computes on the CPU: operators, and a model whose cache it holds.
 
 Of llama.cpp's ggml-vulkan alone is built what these tests use: the library, without optimization, and the shaders that
-vulkan_glslc lists. The package under test loads it. tools/check_vulkan.py does the same with all shaders and more.
+vulkan_glslc lists. The package under test loads it.
 """
 
 import os
