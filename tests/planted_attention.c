@@ -29,11 +29,11 @@ void CALIBRATE(void * ctx, void * res, const void * batch, bool is_swa, void ** 
 }
 
 void * ATTEND(
-        void * ctx, void * gf, void * res, void * memory, void * batch, void * hparams, void * cparams, void * q,
+        void * ctx, void * gf, void * sched, void * res, void * memory, void * batch, void * hparams, void * cparams, void * q,
         void * k, void * v, void * k_cur, void * v_cur, void * bias, void * mask, void * sinks, float scale, int il) {
-    void * (*attend)(void *, void *, void *, void *, void *, void *, void *, void *, void *, void *, void *, void *,
+    void * (*attend)(void *, void *, void *, void *, void *, void *, void *, void *, void *, void *, void *, void *, void *,
         void *, void *, void *, float, int) = original(TEXT(ATTEND));
     return il >= FIRST_LAYER && (PLANT & WINDOW)
         ? NULL
-        : attend(ctx, gf, res, memory, batch, hparams, cparams, q, k, v, k_cur, v_cur, bias, mask, sinks, scale, il);
+        : attend(ctx, gf, sched, res, memory, batch, hparams, cparams, q, k, v, k_cur, v_cur, bias, mask, sinks, scale, il);
 }

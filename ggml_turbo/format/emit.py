@@ -156,7 +156,8 @@ def _glsl(types: list[Type]) -> str:
     )
     for kind in types:
         text += (
-            f"\nconst float {kind.name}_rms_to_scale = {kind.rms_to_scale};\n"
+            f"\nconst uint {kind.name}_type = {kind.type}; // the number in ggml\n"
+            f"const float {kind.name}_rms_to_scale = {kind.rms_to_scale};\n"
             f"const float {kind.name}_max_to_scale = {kind.max_to_scale};\n"
         )
         for name in ("a", "b", "p", "codebook"):

@@ -224,7 +224,7 @@ static void set(ggml_tensor * tensor, const std::vector<float> & values) {
 }
 
 std::shared_ptr<llama_turbo_keys> llama_turbo_keys::make(
-        const llama_model & model, ggml_type type_k, const std::map<uint32_t, place> & places, const char * no_turning) {
+        const llama_model & model, ggml_type type_k, const std::map<uint32_t, place> & places, std::string no_turning) {
     const auto & calibration = model.turbo_calibration;
     const int32_t use = llama_turbo_taken_params().calibration;
     if (!calibration || use == LLAMA_TURBO_USE_NONE ||
@@ -255,7 +255,7 @@ std::shared_ptr<llama_turbo_keys> llama_turbo_keys::make(
         layer made = { nullptr, matrix(n_embd, n_kv), matrix(n_embd, model.hparams.n_head(il)), nullptr, nullptr, nullptr, 0 };
         if (from.n_turned == 0 && !from.center.empty()) {
             made.center = matrix(n_embd, n_kv);
-        } else if (from.n_turned != 0 && no_turning) {
+        } else if (from.n_turned != 0 && !no_turning.empty()) {
             ++n_kept_back;
         } else if (from.n_turned != 0) {
             const llama_turbo_rope rope = llama_turbo_rope::of(model, *making.cparams, place.owner);
@@ -303,7 +303,7 @@ std::shared_ptr<llama_turbo_keys> llama_turbo_keys::make(
     LLAMA_LOG_INFO("llama_kv_cache: keys are scaled by channel in %zu layers and centred in %zu of them%s (calibration %016llx)\n",
         result->layers.size(), n_centered, result->turns() ? ", by position" : "", (unsigned long long) calibration->hash);
     if (n_kept_back > 0) {
-        LLAMA_LOG_WARN("llama_kv_cache: keys are not centred by position in %zu layers: %s\n", n_kept_back, no_turning);
+        LLAMA_LOG_WARN("llama_kv_cache: keys are not centred by position in %zu layers: %s\n", n_kept_back, no_turning.c_str());
     }
     return result;
 }

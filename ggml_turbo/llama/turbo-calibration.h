@@ -63,9 +63,9 @@ public:
 
     // Null if the model is not calibrated, keys of type_k are stored as they are, or the context is longer than what the
     // calibration was measured for, of which the log then warns; or as the context's settings say
-    // (turbo-settings.h). no_turning: why no centre can turn with the position here; null if it can.
+    // (turbo-settings.h). no_turning: why no centre can turn with the position here; empty if it can.
     static std::shared_ptr<llama_turbo_keys> make(
-        const llama_model & model, ggml_type type_k, const std::map<uint32_t, place> & places, const char * no_turning);
+        const llama_model & model, ggml_type type_k, const std::map<uint32_t, place> & places, std::string no_turning);
 
     llama_turbo_keys();
     ~llama_turbo_keys();

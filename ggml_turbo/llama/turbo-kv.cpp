@@ -38,7 +38,10 @@ std::unique_ptr<llama_turbo_kv> llama_turbo_kv::make(llama_kv_cache & cache) {
     } else {
         std::vector<llama_turbo_window::cache> caches;
         for (const auto & layer : cache.layers) {
-            caches.push_back({ layer.k, layer.v, hparams.n_embd_head_k(layer.il), hparams.n_embd_head_v(layer.il) });
+            caches.push_back({
+                layer.k, layer.v, hparams.n_embd_head_k(layer.il), hparams.n_embd_head_v(layer.il), hparams.n_head(layer.il),
+                hparams.n_head_kv(layer.il),
+            });
         }
         std::map<uint32_t, llama_turbo_keys::place>    places;
         std::map<uint32_t, ggml_backend_buffer_type_t> bufts;
@@ -54,7 +57,7 @@ std::unique_ptr<llama_turbo_kv> llama_turbo_kv::make(llama_kv_cache & cache) {
             caches, type_k, type_v, cache.v_trans, cache.n_stream, cache.n_seq_max/cache.n_stream, hparams.no_alloc,
             made->keys && made->keys->turns());
         if (made->window) { // its memory is counted and cleared with the cache's own
-            cache.ctxs_bufs.emplace_back(std::move(made->window->ctx), std::move(made->window->buf));
+            std::move(made->window->memories.begin(), made->window->memories.end(), std::back_inserter(cache.ctxs_bufs));
         }
     }
     made->mark = (made->keys ? made->keys->hash() : 0) ^ (values_rotated ? 2 : 0) ^ (made->latent ? 4 : 0);

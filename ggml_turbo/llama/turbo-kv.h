@@ -58,9 +58,10 @@ struct llama_turbo_kv {
 
     // What llm_graph_context::build_attn_mha makes of these, with the window; null if the cache has none, or if layer il reads
     // keys that are not of this graph. memory: of the batch, and batch its cache for layer il. k, v: of the cache; k_cur,
-    // v_cur: of the batch, null in layers that share another's. (turbo-window-graph.cpp)
+    // v_cur: of the batch, null in layers that share another's. It is computed where the layer's cache is.
+    // (turbo-window-graph.cpp)
     static ggml_tensor * attend(
-        ggml_context * ctx, ggml_cgraph * gf, llm_graph_result * res, const llama_memory_context_i * memory,
+        ggml_context * ctx, ggml_cgraph * gf, ggml_backend_sched_t sched, llm_graph_result * res, const llama_memory_context_i * memory,
         const llama_kv_cache_context * batch, const llama_hparams & hparams, const llama_cparams & cparams, ggml_tensor * q,
         ggml_tensor * k, ggml_tensor * v, ggml_tensor * k_cur, ggml_tensor * v_cur, ggml_tensor * bias, ggml_tensor * kq_mask,
         ggml_tensor * sinks, float kq_scale, int il);
@@ -130,7 +131,7 @@ struct llama_turbo_kv {
         }
     }
 
-    // A stream becomes a copy of another.
+    // The keys and values of a stream become a copy of another's.
     void copied(uint32_t from, uint32_t to) {
         if (window) {
             window->copy(from, to);

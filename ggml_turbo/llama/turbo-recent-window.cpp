@@ -5,6 +5,7 @@
 #include "llama-impl.h"
 #include "llama-io.h"
 #include "llama-kv-cells.h"
+#include "ops/turbo-window.h"
 #include "turbo-cache-types.h"
 #include "turbo-settings.h"
 
@@ -34,18 +35,57 @@ llama_turbo_window::size llama_turbo_window::size::wanted(ggml_type type_k, ggml
     return { uint32_t(said.cache_window != LLAMA_TURBO_UNSAID ? said.cache_window : usual), uint32_t(said.cache_sinks) };
 }
 
-const char * llama_turbo_window::reason_against(const std::vector<cache> & caches, bool v_trans) {
-    const char * reason = v_trans ? "it needs flash attention" : nullptr;
+// Whether a device has a kernel of the operator for a layer. Some say yes to every custom operator without a look at it (RPC,
+// whose server cannot know ours), so one is asked about that nobody knows.
+static bool takes_operator(ggml_backend_dev_t device, const llama_turbo_window::cache & c) {
+    ggml_context_ptr ctx(ggml_init({ 16*ggml_tensor_overhead(), nullptr, true }));
+    const auto tensor = [&ctx](ggml_type type, int64_t n0, int64_t n1 = 1, int64_t n2 = 1) {
+        return ggml_new_tensor_3d(ctx.get(), type, n0, n1, n2);
+    };
+    const int64_t n_kv = 256, n_slots = 64, n_tokens = 1, n_tiles = 8;
+    ggml_tensor * sources[TURBO_WINDOW_SOURCES];
+    sources[TURBO_WINDOW_Q]       = tensor(GGML_TYPE_F32, c.head_size_k + n_tiles, n_tokens, c.n_heads);
+    sources[TURBO_WINDOW_K]       = tensor(c.k->type, c.head_size_k, n_kv, c.n_kv_heads);
+    sources[TURBO_WINDOW_V]       = tensor(c.v->type, c.head_size_v, n_kv, c.n_kv_heads);
+    sources[TURBO_WINDOW_MASK]    = tensor(GGML_TYPE_F16, n_kv, n_tokens);
+    sources[TURBO_WINDOW_SINKS]   = tensor(GGML_TYPE_F32, c.n_heads);
+    sources[TURBO_WINDOW_RING]    = tensor(GGML_TYPE_F16, c.k->ne[0] + c.v->ne[0], n_slots);
+    sources[TURBO_WINDOW_NEW_K]   = tensor(GGML_TYPE_F32, c.head_size_k, n_tokens, c.n_kv_heads);
+    sources[TURBO_WINDOW_NEW_V]   = tensor(GGML_TYPE_F32, c.head_size_v, n_tokens, c.n_kv_heads);
+    sources[TURBO_WINDOW_MASK_W]  = tensor(GGML_TYPE_F16, n_slots + n_tokens, n_tokens);
+    sources[TURBO_WINDOW_COLUMNS] = tensor(GGML_TYPE_I32, n_kv + n_kv + n_slots + n_tokens);
+    ggml_tensor * known = turbo_window_attention(ctx.get(), sources, 1.0f, 0.0f, 0.0f);
+    const auto nothing = [](ggml_tensor *, int, int, void *) {};
+    ggml_tensor * unknown = ggml_custom_4d(
+        ctx.get(), known->type, known->ne[0], known->ne[1], known->ne[2], known->ne[3], sources, TURBO_WINDOW_RING, nothing, 1, nullptr);
+    return ggml_backend_dev_supports_op(device, known) && !ggml_backend_dev_supports_op(device, unknown);
+}
+
+std::string llama_turbo_window::reason_against(const std::vector<cache> & caches, bool v_trans) {
+    if (v_trans) {
+        return "it needs flash attention";
+    }
     for (const cache & c : caches) {
         if (!c.v) {
-            reason = "values are part of the keys (MLA)";
-        } else if (!ggml_backend_buffer_is_host(c.k->buffer)) {
-            reason = "the cache is on a device that has no kernel for it";
-        } else if (c.head_size_k % QK_TURBO != 0 || c.head_size_v % QK_TURBO != 0) {
-            reason = "its kernel takes head sizes that are multiples of 64";
+            return "values are part of the keys (MLA)";
+        }
+        if (c.head_size_k % QK_TURBO != 0 || c.head_size_v % QK_TURBO != 0) {
+            return "its kernel takes head sizes that are multiples of 64";
+        }
+        ggml_backend_dev_t device = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(c.k->buffer));
+        if (ggml_backend_buffer_is_host(c.k->buffer) && (!device || ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_CPU)) {
+            continue;
+        }
+        if (!device || ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_META) {
+            return "the cache is split between devices";
+        }
+        if (!takes_operator(device, c)) {
+            return format("the cache (keys of %s, values of %s, heads of %u and %u) is on %s, %s, which has no kernel for it",
+                ggml_type_name(c.k->type), ggml_type_name(c.v->type), c.head_size_k, c.head_size_v, ggml_backend_dev_name(device),
+                ggml_backend_dev_description(device));
         }
     }
-    return reason;
+    return {};
 }
 
 std::shared_ptr<llama_turbo_window> llama_turbo_window::make(
@@ -57,8 +97,8 @@ std::shared_ptr<llama_turbo_window> llama_turbo_window::make(
     if (!(sizes.recent || is_needed) || caches.empty()) {
         return nullptr;
     }
-    if (const char * reason = reason_against(caches, v_trans)) {
-        LLAMA_LOG_WARN("llama_kv_cache: no recent window: %s\n", reason);
+    if (const std::string reason = reason_against(caches, v_trans); !reason.empty()) {
+        LLAMA_LOG_WARN("llama_kv_cache: no recent window: %s\n", reason.c_str());
         return nullptr;
     }
 
@@ -93,27 +133,34 @@ std::shared_ptr<llama_turbo_window> llama_turbo_window::make(
         }
     }
 
-    made->ctx.reset(ggml_init({ caches.size()*ggml_tensor_overhead(), nullptr, true }));
+    std::map<ggml_backend_buffer_type_t, ggml_context_ptr> contexts;
     size_t bytes = 0;
     for (const cache & c : caches) {
-        ggml_tensor * t = ggml_new_tensor_3d(made->ctx.get(), GGML_TYPE_F16, c.k->ne[0] + c.v->ne[0], made->n_slots, n_stream);
+        ggml_context_ptr & ctx = contexts[ggml_backend_buffer_get_type(c.k->buffer)];
+        if (!ctx) {
+            ctx.reset(ggml_init({ caches.size()*ggml_tensor_overhead(), nullptr, true }));
+        }
+        ggml_tensor * t = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F16, c.k->ne[0] + c.v->ne[0], made->n_slots, n_stream);
         ggml_format_name(t, "%s_window", c.k->name);
         made->rings.push_back(t);
         made->size_k.push_back(c.k->ne[0]);
         bytes += ggml_nbytes(t);
     }
-    ggml_backend_buffer_type_t buft = ggml_backend_cpu_buffer_type();
-    if (no_alloc) {
-        made->buf.reset(ggml_backend_buft_alloc_buffer(buft, 0));
-        for (ggml_tensor * t = ggml_get_first_tensor(made->ctx.get()); t; t = ggml_get_next_tensor(made->ctx.get(), t)) {
-            t->buffer = made->buf.get();
+    for (auto & [buft, ctx] : contexts) {
+        ggml_backend_buffer_ptr buf;
+        if (no_alloc) {
+            buf.reset(ggml_backend_buft_alloc_buffer(buft, 0));
+            for (ggml_tensor * t = ggml_get_first_tensor(ctx.get()); t; t = ggml_get_next_tensor(ctx.get(), t)) {
+                t->buffer = buf.get();
+            }
+        } else {
+            buf.reset(ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), buft));
+            if (!buf) {
+                throw std::runtime_error(format("failed to allocate the recent window of the kv cache in %s", ggml_backend_buft_name(buft)));
+            }
+            ggml_backend_buffer_clear(buf.get(), 0);
         }
-    } else {
-        made->buf.reset(ggml_backend_alloc_ctx_tensors_from_buft(made->ctx.get(), buft));
-        if (!made->buf) {
-            throw std::runtime_error("failed to allocate the recent window of the kv cache");
-        }
-        ggml_backend_buffer_clear(made->buf.get(), 0);
+        made->memories.emplace_back(std::move(ctx), std::move(buf));
     }
     if (!sizes.recent) {
         return made;
@@ -158,8 +205,14 @@ void llama_turbo_window::written(const std::vector<place> & places) {
 }
 
 void llama_turbo_window::copy(uint32_t from, uint32_t to) {
+    ggml_context_ptr ctx(ggml_init({ 2*rings.size()*ggml_tensor_overhead(), nullptr, true }));
     for (ggml_tensor * r : rings) {
-        memcpy((char *) r->data + to*r->nb[2], (const char *) r->data + from*r->nb[2], r->nb[2]);
+        const auto of_stream = [&ctx, r](uint32_t stream) {
+            ggml_tensor * view = ggml_view_2d(ctx.get(), r, r->ne[0], r->ne[1], r->nb[1], stream*r->nb[2]);
+            ggml_backend_view_init(view);
+            return view;
+        };
+        ggml_backend_tensor_copy(of_stream(from), of_stream(to));
     }
     entries[to]  = entries[from];
     versions[to] = versions[from];
@@ -261,8 +314,8 @@ std::vector<uint32_t> llama_turbo_window::admit(uint32_t stream, const llama_kv_
 
 void llama_turbo_window::spoil(uint32_t stream, uint32_t slot) const {
     for (ggml_tensor * r : rings) {
-        ggml_fp16_t * row = (ggml_fp16_t *) ((char *) r->data + slot*r->nb[1] + stream*r->nb[2]);
-        std::fill_n(row, r->ne[0], ggml_fp32_to_fp16(30000.0f));
+        const std::vector<ggml_fp16_t> row(r->ne[0], ggml_fp32_to_fp16(30000.0f));
+        ggml_backend_tensor_set(r, row.data(), slot*r->nb[1] + stream*r->nb[2], r->nb[1]);
     }
 }
 

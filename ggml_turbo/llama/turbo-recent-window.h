@@ -15,7 +15,9 @@
 #include "ggml-cpp.h"
 
 #include <cstdint>
+#include <map>
 #include <memory>
+#include <string>
 #include <vector>
 
 class  llama_io_read_i;
@@ -37,6 +39,7 @@ public:
     struct cache {
         ggml_tensor * k, * v;
         uint32_t      head_size_k, head_size_v;
+        uint32_t      n_heads, n_kv_heads;
     };
 
     // Null if there is to be no window; the log says why if one was to be expected. caches: of all layers, by the index
@@ -46,12 +49,11 @@ public:
         const std::vector<cache> & caches, ggml_type type_k, ggml_type type_v, bool v_trans, uint32_t n_stream, uint32_t n_seq,
         bool no_alloc, bool is_needed);
 
-    // Why the operator cannot attend to these; null if it can.
-    static const char * reason_against(const std::vector<cache> & caches, bool v_trans);
+    // Why the operator cannot attend to these; empty if it can.
+    static std::string reason_against(const std::vector<cache> & caches, bool v_trans);
 
-    // The memory of the ring, which the cache keeps with its own.
-    ggml_context_ptr        ctx;
-    ggml_backend_buffer_ptr buf;
+    // The memory of the rings, which the cache keeps with its own: each ring lies where its layer's cache does.
+    std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> memories;
 
     // ---- graphs ----
 
@@ -81,7 +83,7 @@ public:
     // These cells are being written.
     void written(const std::vector<place> & places);
 
-    // A stream becomes a copy of another.
+    // A stream becomes a copy of another, in the memory of the devices too: nothing may be computing.
     void copy(uint32_t from, uint32_t to);
 
     // The part of a saved state that holds what the window has of some cells, in their order; nothing if it has none of

@@ -56,8 +56,21 @@ static llm_graph_input_turbo_window * inputs_of(llm_graph_result * res, bool is_
     return nullptr;
 }
 
+// Has a node computed by the back end whose memory a buffer is. The scheduler would leave attention to the back end of its
+// neighbours, and copy the whole cache there for each batch.
+static void compute_beside(ggml_backend_sched_t sched, ggml_tensor * node, ggml_backend_buffer_t buffer) {
+    ggml_backend_dev_t device = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(buffer));
+    for (int i = 0; i < ggml_backend_sched_get_n_backends(sched); ++i) {
+        ggml_backend_t backend = ggml_backend_sched_get_backend(sched, i);
+        if (ggml_backend_get_device(backend) == device) {
+            ggml_backend_sched_set_tensor_backend(sched, node, backend);
+            return;
+        }
+    }
+}
+
 ggml_tensor * llama_turbo_kv::attend(
-        ggml_context * ctx, ggml_cgraph * gf, llm_graph_result * res, const llama_memory_context_i * memory,
+        ggml_context * ctx, ggml_cgraph * gf, ggml_backend_sched_t sched, llm_graph_result * res, const llama_memory_context_i * memory,
         const llama_kv_cache_context * batch, const llama_hparams & hparams, const llama_cparams & cparams, ggml_tensor * q,
         ggml_tensor * k, ggml_tensor * v, ggml_tensor * k_cur, ggml_tensor * v_cur, ggml_tensor * bias, ggml_tensor * kq_mask,
         ggml_tensor * sinks, float kq_scale, int il) {
@@ -100,9 +113,11 @@ ggml_tensor * llama_turbo_kv::attend(
     sources[TURBO_WINDOW_NEW_V]   = by_stream(ctx, own.v, n_streams);
     sources[TURBO_WINDOW_MASK_W]  = input->window_mask;
     sources[TURBO_WINDOW_COLUMNS] = input->columns;
-    ggml_tensor * cur = turbo_window_attention(
+    ggml_tensor * attended = turbo_window_attention(
         ctx, sources, kq_scale, hparams.f_max_alibi_bias, hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f);
-    cur = ggml_reshape_2d(ctx, cur, cur->ne[0]*cur->ne[1], cur->ne[2]*cur->ne[3]);
+    compute_beside(sched, attended, window->memory(layer)->buffer);
+    ggml_tensor * cur = ggml_reshape_2d(
+        ctx, attended, attended->ne[0]*attended->ne[1], attended->ne[2]*attended->ne[3]);
     ggml_build_forward_expand(gf, cur);
     if (--own.users == 0) { // all that attend to the ring see it as it was before this batch
         ggml_build_forward_expand(gf, window->store_k(ctx, layer, own.k, input->rows));

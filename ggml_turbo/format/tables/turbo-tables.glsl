@@ -3,6 +3,7 @@
 // Four int8 entries a word, the first lowest: bitfieldExtract(int(t[i >> 2]), 8*(i & 3), 8) is entry i.
 // Copy what a shader needs to shared memory: some drivers keep constant arrays in private memory.
 
+const uint turbo2_type = 120; // the number in ggml
 const float turbo2_rms_to_scale = 0.0206852276;
 const float turbo2_max_to_scale = 0.00769841252;
 const uint turbo2_a[4] = uint[](
@@ -25,6 +26,7 @@ const uint turbo2_codebook[64] = uint[](
     0xbde9340du, 0xcfb51c26u, 0x4812eb75u, 0xd71cfb93u, 0x98dd0226u, 0x05da4ef5u, 0xb64e27e3u, 0xe3032db8u
 );
 
+const uint turbo3_type = 121; // the number in ggml
 const float turbo3_rms_to_scale = 0.0227396414;
 const float turbo3_max_to_scale = 0.00769841252;
 const uint turbo3_a[4] = uint[](
@@ -47,6 +49,7 @@ const uint turbo3_codebook[64] = uint[](
     0xfaccb215u, 0x57d53728u, 0xffec0b34u, 0xf4d0bbdcu, 0x2e15d872u, 0x20d9004eu, 0xb6e8db0eu, 0x2bccbfe0u
 );
 
+const uint turbo4_type = 122; // the number in ggml
 const float turbo4_rms_to_scale = 0.0246716477;
 const float turbo4_max_to_scale = 0.00769841252;
 const uint turbo4_a[4] = uint[](

@@ -1,4 +1,4 @@
-"""The attention operator of llama.cpp's CPU back end, FLASH_ATTN_EXT, on NumPy arrays: what a model's graph runs."""
+"""The attention operator of llama.cpp, FLASH_ATTN_EXT, on NumPy arrays: what a model's graph runs."""
 
 from __future__ import annotations
 
@@ -78,8 +78,10 @@ class Attention(ggml.Graph):
     Raises ValueError for a type that ggml does not have.
     """
 
-    def __init__(self, problem: Problem, threads: int = 1, *, reference: bool = False) -> None:
-        super().__init__(threads, reference=reference)
+    def __init__(
+        self, problem: Problem, threads: int = 1, *, reference: bool = False, device: str | None = None
+    ) -> None:
+        super().__init__(threads, reference=reference, device=device)
         sequences, heads, queries, size_k = problem.q.shape
         rows = problem.window.queries(problem.q) if problem.window else problem.q
         q = self.tensor(rows, "f32", rows.shape[-1], queries, heads, sequences)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -127,6 +128,8 @@ _PROTOTYPES: dict[str, dict[str, tuple]] = {
         "ggml_permute": (c_void_p, c_void_p, c_void_p, c_int, c_int, c_int, c_int),
         "ggml_flash_attn_ext": (c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_float, c_float, c_float),
         "ggml_flash_attn_ext_add_sinks": (None, c_void_p, c_void_p),
+        "ggml_get_rows": (c_void_p, c_void_p, c_void_p, c_void_p),
+        "ggml_cpy": (c_void_p, c_void_p, c_void_p, c_void_p),
         "ggml_set_rows": (c_void_p, c_void_p, c_void_p, c_void_p, c_void_p),
         "ggml_new_graph": (c_void_p, c_void_p),
         "ggml_build_forward_expand": (None, c_void_p, c_void_p),
@@ -138,6 +141,8 @@ _PROTOTYPES: dict[str, dict[str, tuple]] = {
         "ggml_backend_free": (None, c_void_p),
         "ggml_backend_dev_description": (c_char_p, c_void_p),
         "ggml_backend_reg_name": (c_char_p, c_void_p),
+        "ggml_backend_dev_init": (c_void_p, c_void_p, c_char_p),
+        "ggml_backend_dev_supports_op": (c_bool, c_void_p, c_void_p),
         "ggml_log_get": (None, c_void_p, c_void_p),
         "ggml_log_set": (None, c_void_p, c_void_p),
         "gguf_init_from_file": (c_void_p, c_char_p, GGUFInitParams),
@@ -170,6 +175,8 @@ _PROTOTYPES: dict[str, dict[str, tuple]] = {
         "ggml_backend_reg_get": (c_void_p, c_size_t),
         "ggml_backend_dev_count": (c_size_t,),
         "ggml_backend_dev_get": (c_void_p, c_size_t),
+        "ggml_backend_dev_by_name": (c_void_p, c_char_p),
+        "ggml_backend_load": (c_void_p, c_char_p),
     },
     "ggml-cpu": {
         "ggml_backend_cpu_init": (c_void_p,),
@@ -214,6 +221,13 @@ def function(name: str):
     found = getattr(_library(library), name)
     found.restype, *found.argtypes = _PROTOTYPES[library][name]
     return found
+
+
+@cache
+def load_backend() -> None:
+    """Loads the back end that GGML_BACKEND_PATH names, if it names one, as llama.cpp's programs do."""
+    if path := os.environ.get("GGML_BACKEND_PATH"):
+        function("ggml_backend_load")(path.encode())
 
 
 @contextmanager
@@ -288,22 +302,32 @@ def quantize(x: NDArray[np.float32], type: str) -> NDArray[np.uint8]:
 
 
 class Graph(Owner):
-    """Tensors and the operators on them, computed by llama.cpp's CPU back end. A context manager: it owns memory.
+    """Tensors and the operators on them, computed by a device of llama.cpp. A context manager: it owns memory.
 
-    threads: how many compute. reference: llama.cpp's scalar paths instead of fast kernels. First come the tensors and
-    operators, then `finish`, then `run` and `read` as often as wanted. Tensors are the integers that stand for them.
+    device: its name, such as "Vulkan0"; the CPU if there is none, which can have threads and reference: llama.cpp's
+    scalar paths instead of fast kernels. First come the tensors and operators, then `finish`, then `run` and `read` as
+    often as wanted. Tensors are the integers that stand for them.
     """
 
     MAX_TENSORS = 32
 
-    def __init__(self, threads: int = 1, *, reference: bool = False) -> None:
+    def __init__(self, threads: int = 1, *, reference: bool = False, device: str | None = None) -> None:
         size = self.MAX_TENSORS * function("ggml_tensor_overhead")() + function("ggml_graph_overhead")()
         self._contents: list[tuple[int, NDArray]] = []
         with ExitStack() as owned:
-            self._backend = function("ggml_backend_cpu_init")()
+            load_backend()
+            self._device = function("ggml_backend_dev_by_name")(device.encode()) if device else None
+            if device and not self._device:
+                raise ValueError(f"ggml has no device called {device!r}")
+            self._backend = (
+                function("ggml_backend_dev_init")(self._device, None)
+                if device
+                else function("ggml_backend_cpu_init")()
+            )
             owned.callback(function("ggml_backend_free"), self._backend)
-            function("ggml_backend_cpu_set_n_threads")(self._backend, threads)
-            function("ggml_backend_cpu_set_use_ref")(self._backend, reference)
+            if not device:
+                function("ggml_backend_cpu_set_n_threads")(self._backend, threads)
+                function("ggml_backend_cpu_set_use_ref")(self._backend, reference)
             self._context = function("ggml_init")(InitParams(size, None, True))
             owned.callback(function("ggml_free"), self._context)
             self._owned = owned.pop_all()
@@ -319,7 +343,9 @@ class Graph(Owner):
         return function(name)(self._context, *arguments)
 
     def finish(self, out: int) -> None:
-        """Makes all that is needed for `out` ready to run."""
+        """Makes all that is needed for `out` ready to run. ValueError if the device does not compute it."""
+        if self._device and not function("ggml_backend_dev_supports_op")(self._device, out):
+            raise ValueError("the device does not compute this operator")
         self._graph = self.operator("ggml_new_graph")
         function("ggml_build_forward_expand")(self._graph, out)
         buffer = function("ggml_backend_alloc_ctx_tensors")(self._context, self._backend)

@@ -93,6 +93,7 @@ def _libraries() -> str:
 @cache
 def machine() -> dict:
     """The devices that llama.cpp computes on, the number of logical CPUs, and the operating system."""
+    ggml.load_backend()
     count = ggml.function("ggml_backend_dev_count")()
     devices = [ggml.function("ggml_backend_dev_get")(number) for number in range(count)]
     names = [ggml.function("ggml_backend_dev_description")(device).decode() for device in devices]

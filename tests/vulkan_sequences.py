@@ -1,0 +1,68 @@
+"""What happens to sequences whose cache lies on a Vulkan device, in a process that has one. test_vulkan.py runs this."""
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+
+from sequences import Sequences
+from turboquant_gguf.llamacpp.cachetypes import CacheTypes
+from turboquant_gguf.llamacpp.logits import Model
+
+TOKENS = [3 + token * 37 % 250 for token in range(200)]
+
+
+def everything(cache: Sequences) -> list[np.ndarray]:
+    """A prompt, an answer, rejected drafts, a copy, a removal, a state that is restored: logits of each."""
+    found = [cache.prompt(TOKENS[:100]), cache.answer(TOKENS[100:103], 100)]
+    cache.prompt(TOKENS[:5], first=103)  # a draft
+    cache.remove(0, 104, -1)
+    found.append(cache.answer(TOKENS[104:106], 104))
+    cache.copy(0, 1)
+    found.append(cache.read((TOKENS[106], 106, 0), (TOKENS[7], 106, 1)))
+    state = cache.saved(1)
+    cache.remove(0, 4, 44)
+    found.append(cache.answer(TOKENS[107:109], 107))
+    cache.restore(state, 2)
+    found.append(cache.answer(TOKENS[107:109], 107, 2))
+    found.append(cache.prompt(TOKENS[20:60], 3))
+    return found
+
+
+def save(cache: Sequences) -> tuple[bytes, list[np.ndarray]]:
+    """The state of a prompt, and what comes after it."""
+    cache.prompt(TOKENS[:100])
+    return cache.saved(0), [cache.answer(TOKENS[100:104], 100)]
+
+
+def restore(cache: Sequences, state: bytes) -> list[np.ndarray]:
+    """What comes after a prompt that was saved, in a cache that had another."""
+    cache.prompt(TOKENS[50:90])
+    cache.restore(state, 0)
+    return [cache.answer(TOKENS[100:104], 100)]
+
+
+def run(
+    path: Path, types: CacheTypes, gpu_layers: int, do: Callable, arguments: Sequence, options: dict
+) -> tuple[object, str]:
+    """What `do` gives for a context of the model with so many layers on a device, and the log."""
+    with Model(path, gpu_layers=gpu_layers) as model:
+        with Sequences(path, types, model=model, sequences=4, length=160, **options) as cache:
+            return do(cache, *arguments), "".join(model.log)
+
+
+def _begin(environment: dict[str, str]) -> None:
+    os.environ.update(environment)
+
+
+def on_device(environment: dict[str, str], *arguments: object) -> tuple[object, str]:
+    """The same in a process of its own, which has these variables.
+
+    One context for each process: with more of them, llama.cpp on Debian 12's lavapipe corrupts its heap, also with a
+    cache of f16.
+    """
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_begin, initargs=(environment,)) as process:
+        return process.submit(run, *arguments).result()
