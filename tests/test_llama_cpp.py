@@ -227,7 +227,7 @@ def test_llama_cpp_python_uses_our_library(tmp_path: Path):
     pytest.importorskip("llama_cpp", reason="needs the extra `python`")
     script = """
 import sys, turboquant_gguf, llama_cpp
-from turboquant_gguf import native
+from turboquant_gguf.llamacpp import native
 assert str(native.library_dir()) in llama_cpp.llama_cpp._lib._name, llama_cpp.llama_cpp._lib._name
 number = {kind.name: kind.ggml_type for kind in turboquant_gguf.types()}
 model = llama_cpp.Llama(sys.argv[1], n_ctx=256, type_k=number["turbo4"], type_v=number["turbo3"], flash_attn=True)
