@@ -7,9 +7,9 @@
 // The shaders are our own (turbo-*.comp, compiled by our CMakeLists.txt), for every device alike: they use neither cooperative
 // matrices nor subgroups, so a device's extensions and the size of its subgroups make no difference to what they compute.
 
+#include "format/ggml-turbo.h"
 #include "ops/turbo-window.h"
 #include "turbo-shaders.h"
-#include "turbo-types.h"
 
 #include <map>
 #include <mutex>
@@ -56,15 +56,6 @@ static const char * turbo_vk_missing(const vk_device & device) {
     return missing;
 }
 
-static uint32_t turbo_vk_bits(ggml_type type) { // of a code; 0: it is none of our types
-    switch (type) {
-#define TURBO_VK_BITS(K, ID) case GGML_TYPE_TURBO##K: return K;
-        TURBO_TYPES(TURBO_VK_BITS)
-#undef TURBO_VK_BITS
-        default: return 0;
-    }
-}
-
 // ---- rows: SET_ROWS, GET_ROWS, CPY ----
 
 struct turbo_vk_rows {
@@ -89,7 +80,7 @@ static turbo_vk_row_op turbo_vk_row_op_of(const ggml_tensor * op) {
         case GGML_OP_SET_ROWS: return { op->src[0], op, op->src[1], true };
         case GGML_OP_GET_ROWS: return { op, op->src[0], op->src[1], false };
         default: {
-            const bool encodes = turbo_vk_bits(op->type) != 0;
+            const bool encodes = turbo_is_type(op->type);
             return { encodes ? op->src[0] : op, encodes ? op : op->src[0], nullptr, encodes };
         }
     }
@@ -98,7 +89,7 @@ static turbo_vk_row_op turbo_vk_row_op_of(const ggml_tensor * op) {
 static bool turbo_vk_supports_rows(const ggml_tensor * op) {
     const turbo_vk_row_op row_op = turbo_vk_row_op_of(op);
     const ggml_tensor * floats = row_op.floats, * blocks = row_op.blocks, * indices = row_op.indices;
-    const bool is_typed = floats->type == GGML_TYPE_F32 && turbo_vk_bits(blocks->type) != 0 && floats->nb[0] == sizeof(float)
+    const bool is_typed = floats->type == GGML_TYPE_F32 && turbo_is_type(blocks->type) && floats->nb[0] == sizeof(float)
                        && blocks->nb[0] == ggml_type_size(blocks->type);
     const bool is_indexed = !indices || indices->type == GGML_TYPE_I32 || (row_op.encodes && indices->type == GGML_TYPE_I64);
     const bool is_shaped  = indices || ggml_are_same_shape(floats, blocks) || (ggml_is_contiguous(floats) && ggml_is_contiguous(blocks));
@@ -139,7 +130,7 @@ static void turbo_vk_compute_rows(ggml_backend_vk_context * ctx, vk_context & su
     const uint64_t n_blocks = (uint64_t) p.n_blocks*p.n1*p.n2*p.n3, n_groups = row_op.encodes ? n_blocks : CEIL_DIV(n_blocks, 16);
     const uint32_t columns  = std::min<uint64_t>(n_groups, 32768);
     vk_pipeline pipeline = turbo_vk_pipeline<turbo_vk_rows>(
-        ctx->device, row_op.encodes ? turbo_vk_encode : turbo_vk_decode, 3, { turbo_vk_bits(blocks->type), index_words });
+        ctx->device, row_op.encodes ? turbo_vk_encode : turbo_vk_decode, 3, { (uint32_t) turbo_bits(blocks->type), index_words });
     ggml_pipeline_request_descriptor_sets(ctx, pipeline, 1);
     const vk_subbuffer of_floats = ggml_vk_tensor_subbuffer(ctx, floats, true), of_blocks = ggml_vk_tensor_subbuffer(ctx, blocks, true);
     const vk_subbuffer of_indices = indices ? ggml_vk_tensor_subbuffer(ctx, indices, true) : of_floats;
@@ -175,7 +166,7 @@ static const uint64_t TURBO_VK_PARTS_BYTES = 64ull << 20;
 
 // What the shader counts keys and values of a type in.
 static uint32_t turbo_vk_unit(ggml_type type) {
-    return turbo_vk_bits(type) ? sizeof(uint16_t) : ggml_type_size(type);
+    return turbo_is_type(type) ? sizeof(uint16_t) : ggml_type_size(type);
 }
 
 static bool turbo_vk_decodes(ggml_type type) {
@@ -191,7 +182,7 @@ static bool turbo_vk_decodes(ggml_type type) {
         case GGML_TYPE_IQ4_NL:
             return true;
         default:
-            return turbo_vk_bits(type) != 0;
+            return turbo_is_type(type);
     }
 }
 
@@ -338,9 +329,9 @@ static void turbo_vk_compute_attention(ggml_backend_vk_context * ctx, vk_context
 static int turbo_vk_supports(const vk_device & device, const ggml_tensor * op) {
     const bool is_window = turbo_is_window_attention(op);
     const bool is_attention = is_window
-        || (op->op == GGML_OP_FLASH_ATTN_EXT && (turbo_vk_bits(op->src[1]->type) || turbo_vk_bits(op->src[2]->type)));
-    const bool is_rows = ((op->op == GGML_OP_SET_ROWS || turbo_vk_is_copy(op)) && turbo_vk_bits(op->type))
-        || ((op->op == GGML_OP_GET_ROWS || turbo_vk_is_copy(op)) && turbo_vk_bits(op->src[0]->type));
+        || (op->op == GGML_OP_FLASH_ATTN_EXT && (turbo_is_type(op->src[1]->type) || turbo_is_type(op->src[2]->type)));
+    const bool is_rows = ((op->op == GGML_OP_SET_ROWS || turbo_vk_is_copy(op)) && turbo_is_type(op->type))
+        || ((op->op == GGML_OP_GET_ROWS || turbo_vk_is_copy(op)) && turbo_is_type(op->src[0]->type));
     if (!is_attention && !is_rows) {
         return -1;
     }
