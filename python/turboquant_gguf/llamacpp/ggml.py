@@ -230,6 +230,14 @@ def load_backend() -> None:
         function("ggml_backend_load")(path.encode())
 
 
+def _device(name: str) -> int:
+    load_backend()
+    found = function("ggml_backend_dev_by_name")(name.encode())
+    if not found:
+        raise ValueError(f"ggml has no device called {name!r}")
+    return found
+
+
 @contextmanager
 def captured_log() -> Iterator[list[str]]:
     """Collects what ggml logs inside the block, in pieces as they come, instead of printing it."""
@@ -315,10 +323,7 @@ class Graph(Owner):
         size = self.MAX_TENSORS * function("ggml_tensor_overhead")() + function("ggml_graph_overhead")()
         self._contents: list[tuple[int, NDArray]] = []
         with ExitStack() as owned:
-            load_backend()
-            self._device = function("ggml_backend_dev_by_name")(device.encode()) if device else None
-            if device and not self._device:
-                raise ValueError(f"ggml has no device called {device!r}")
+            self._device = _device(device) if device else None
             self._backend = (
                 function("ggml_backend_dev_init")(self._device, None)
                 if device
