@@ -22,22 +22,16 @@ INSTALLED = Path(turboquant_gguf.__file__).parent
 NVIDIA = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
 AMD = ("gfx942", "gfx1100")
 
+STRICT = ["-std=c++20", "-Wall", "-Wextra", "-Werror", "-Wno-unused-function", "-ffp-contract=off"]
+INCLUDES = [f"-I{path}" for path in (SIMT, SOURCE, SOURCE / "format", INSTALLED / "include")]
 EMULATED = [
-    "-std=c++20",
+    *STRICT,
+    *INCLUDES,
+    f"-I{ROOT / 'tests'}",
     "-O1",
     "-gline-tables-only",
-    "-ffp-contract=off",
     "-ftrivial-auto-var-init=pattern",
     "-fstack-clash-protection",
-    "-Wall",
-    "-Wextra",
-    "-Werror",
-    "-Wno-unused-function",
-    f"-I{SIMT}",
-    f"-I{ROOT / 'tests'}",
-    f"-I{SOURCE}",
-    f"-I{SOURCE / 'format'}",
-    f"-I{INSTALLED / 'include'}",
 ]
 # Traps say nothing of the place, but take vectors as a whole.
 UNCHECKED = ["-fsanitize=alignment", "-fsanitize-trap=alignment"]
@@ -193,17 +187,7 @@ def emulated_device(grafted: Path, folder: Path, kernels: str) -> Path:
         "-DGGML_CUDA_NO_VMM",
         *_headers(grafted),
     ]
-    emulator = [
-        "-std=c++20",
-        "-O2",
-        "-g",
-        "-fPIC",
-        "-Wall",
-        "-Wextra",
-        "-Werror",
-        "-Wno-unused-function",
-        "-ffp-contract=off",
-    ]
+    emulator = [*STRICT, "-O2", "-g", "-fPIC"]
     commands = [
         [nvcc(), *host, "-c", grafted / "ggml" / "src" / "ggml-cuda" / "ggml-cuda.cu", "-o", folder / "ggml-cuda.o"],
         [nvcc(), *host, *exact_flags("CUDA"), "-c", units, "-o", folder / "units.o"],
@@ -223,10 +207,7 @@ def emulated_device(grafted: Path, folder: Path, kernels: str) -> Path:
             clang(),
             *emulator,
             few,
-            f"-I{SIMT}",
-            f"-I{SOURCE}",
-            f"-I{SOURCE / 'format'}",
-            f"-I{INSTALLED / 'include'}",
+            *INCLUDES,
             "-c",
             SIMT / "cuda_device.cpp",
             "-o",

@@ -11,6 +11,27 @@ from turboquant_gguf.llamacpp import ggml
 ROWS = 23
 
 
+def require_bytes_of_the_codec(
+    x: np.ndarray, type: str, index_type: str, dtype: type, rng: np.random.Generator, **graph_options: object
+) -> None:
+    """Writes x, float32 (sequences, heads, tokens, values), into rows that are drawn, of a cache with ROWS of them."""
+    sequences, heads, tokens, values = x.shape
+    rows = np.stack([rng.permutation(ROWS)[:tokens] for _ in range(sequences)]).astype(dtype)
+    before = rng.integers(0, 256, (sequences, heads, ROWS, turboquant_gguf.quantize(x[0, 0, 0], type).size), np.uint8)
+    with ggml.Graph(**graph_options) as graph:
+        cache = graph.tensor(before, type, values, ROWS, heads, sequences)
+        new = graph.tensor(x, "f32", *x.shape[::-1])
+        # indices: one row of them for each sequence, the same for all heads
+        to = graph.tensor(rows, index_type, tokens, 1, sequences, 1)
+        graph.finish(graph.operator("ggml_set_rows", cache, new, to))
+        graph.run()
+        after = graph.read(cache, np.empty_like(before))
+    expected = before.copy()
+    for sequence in range(sequences):
+        expected[sequence][:, rows[sequence]] = turboquant_gguf.quantize(x[sequence], type)
+    assert np.array_equal(after, expected)
+
+
 @pytest.mark.parametrize("type", ["turbo2", "turbo3", "turbo4"])
 @settings(max_examples=30)
 @given(data=st.data())
@@ -19,19 +40,4 @@ def test_rows_hold_what_the_codec_writes(type: str, data: st.DataObject):
     index_type, dtype = data.draw(st.sampled_from([("i64", np.int64), ("i32", np.int32)]))
     rng = np.random.default_rng(data.draw(st.integers(0, 1 << 32)))
     x = rng.standard_normal((sequences, heads, tokens, 64 * blocks)).astype(np.float32)
-    rows = np.stack([rng.permutation(ROWS)[:tokens] for _ in range(sequences)]).astype(dtype)
-    before = rng.integers(0, 256, (sequences, heads, ROWS, turboquant_gguf.quantize(x[0, 0, 0], type).size), np.uint8)
-
-    with ggml.Graph(data.draw(st.integers(1, 6))) as graph:
-        cache = graph.tensor(before, type, 64 * blocks, ROWS, heads, sequences)
-        new = graph.tensor(x, "f32", *x.shape[::-1])
-        # indices: one row of them for each sequence, the same for all heads
-        to = graph.tensor(rows, index_type, tokens, 1, sequences, 1)
-        graph.finish(graph.operator("ggml_set_rows", cache, new, to))
-        graph.run()
-        after = graph.read(cache, np.empty_like(before))
-
-    expected = before.copy()
-    for sequence in range(sequences):
-        expected[sequence][:, rows[sequence]] = turboquant_gguf.quantize(x[sequence], type)
-    assert np.array_equal(after, expected)
+    require_bytes_of_the_codec(x, type, index_type, dtype, rng, threads=data.draw(st.integers(1, 6)))

@@ -10,12 +10,12 @@ import pytest
 
 import turboquant_gguf
 from test_attention import TURBO, mask_of, without_window
+from test_set_rows import require_bytes_of_the_codec
 from turboquant_gguf.codec import attention_numpy
 from turboquant_gguf.codec.attention import Attention, Problem, Window
 from turboquant_gguf.llamacpp import ggml
 
 DEVICE = "Vulkan0"
-ROWS = 23
 
 
 def hostile(rng: np.random.Generator, count: int) -> np.ndarray:
@@ -39,20 +39,7 @@ def test_set_rows_writes_the_bytes_of_the_reference(type: str):
     sequences, heads, tokens, blocks = 2, 3, 17, 3
     x = hostile(rng, sequences * heads * tokens * blocks).reshape(sequences, heads, tokens, 64 * blocks)
     for index_type, dtype in (("i64", np.int64), ("i32", np.int32)):
-        rows = np.stack([rng.permutation(ROWS)[:tokens] for _ in range(sequences)]).astype(dtype)
-        row_bytes = turboquant_gguf.quantize(x[0, 0, 0], type).size
-        before = rng.integers(0, 256, (sequences, heads, ROWS, row_bytes), np.uint8)
-        with ggml.Graph(device=DEVICE) as graph:
-            cache = graph.tensor(before, type, 64 * blocks, ROWS, heads, sequences)
-            new = graph.tensor(x, "f32", *x.shape[::-1])
-            to = graph.tensor(rows, index_type, tokens, 1, sequences, 1)
-            graph.finish(graph.operator("ggml_set_rows", cache, new, to))
-            graph.run()
-            after = graph.read(cache, np.empty_like(before))
-        expected = before.copy()
-        for sequence in range(sequences):
-            expected[sequence][:, rows[sequence]] = turboquant_gguf.quantize(x[sequence], type)
-        assert np.array_equal(after, expected)
+        require_bytes_of_the_codec(x, type, index_type, dtype, rng, device=DEVICE)
 
 
 @pytest.mark.parametrize("type", TURBO)
