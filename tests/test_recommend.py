@@ -199,7 +199,7 @@ def test_command_line_runs(smollm2, tmp_path):
         for line in server.stdout:
             log += line
             if "listening on http" in line:
-                server.terminate()
+                server.kill()  # it forgets a SIGTERM that comes before it waits for questions, and would never end
     types = CacheTypes.parse(found.best.types)
     assert f"K ({types.k})" in log and f"V ({types.v})" in log and f"{CONTEXT} cells" in log
 
