@@ -364,7 +364,7 @@ def test_states_of_contexts_in_which_it_is_left_alone(tmp_path):
     assert restored(path, types, short, 512) is None and restored(path, types, plain, 256) is None
 
 
-@pytest.mark.parametrize("windows, count", [(1, 12), (5, 15), (7, 14), (40, 40)])
+@pytest.mark.parametrize("windows, count", [(1, 6), (5, 10), (7, 7), (40, 40)])
 @pytest.mark.parametrize("positions", [700, 8192, 1 << 17])
 def test_positions_that_are_read(windows, count, positions):
     """From the first to the last, and every window is read equally often."""
