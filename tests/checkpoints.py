@@ -282,7 +282,8 @@ def write(
 
 def gguf(folder: Path, name: str, *, rotate: str = "none", **changes: object) -> Path:
     """The same as a GGUF in float32."""
-    checkpoint, path = write(folder / name, name, changes=changes), folder / f"{name}.gguf"
+    called = name.replace("phi3", "phi")  # llama.cpp looks for more in the vocabulary of models that are called phi3
+    checkpoint, path = write(folder / called, name, changes=changes), folder / f"{name}.gguf"
     with any_pre_tokenizer():
         return convert(checkpoint, path, outtype="f32", rotate=rotate, console=Console(quiet=True)).path
 

@@ -384,6 +384,10 @@ LLAMA3 = dict(
     rope_theta=10000.0,
 )
 LINEAR = dict(rope_type="linear", factor=4.0, rope_theta=10000.0)
+LONGROPE = dict(
+    rope_type="longrope", short_factor=[1.0] * 8 + [1.5] * 8, long_factor=[2.0] * 8 + [4.0] * 8,
+    original_max_position_embeddings=128, rope_theta=10000.0,
+)
 
 
 @pytest.mark.parametrize(
@@ -398,6 +402,7 @@ LINEAR = dict(rope_type="linear", factor=4.0, rope_theta=10000.0)
         ("stablelm", {}, []),
         ("glm4", {}, []),
         ("gptneox", {}, []),
+        ("phi3", dict(rope_parameters=LONGROPE, max_position_embeddings=4096, original_max_position_embeddings=128), []),
     ],
     ids=lambda value: value.get("rope_parameters", {}).get("rope_type", "-") if isinstance(value, dict) else str(value),
 )
