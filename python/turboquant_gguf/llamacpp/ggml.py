@@ -241,8 +241,13 @@ def function(name: str):
 
 @cache
 def load_backends() -> None:
-    """Loads the back ends that are not linked: files of this package, and the one that GGML_BACKEND_PATH names."""
-    function("ggml_backend_load_all_from_path")(os.fsencode(native.library_dir()))
+    """Loads the back ends that are not linked: files of this package, and the one that GGML_BACKEND_PATH names.
+
+    What cannot be loaded is named on stderr; ggml would name what can as well.
+    """
+    with captured_log() as log:
+        function("ggml_backend_load_all_from_path")(os.fsencode(native.library_dir()))
+    sys.stderr.writelines(line for line in "".join(log).splitlines(keepends=True) if "failed" in line)
 
 
 def _device(name: str) -> int:
