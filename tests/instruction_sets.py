@@ -16,6 +16,7 @@ SIMDE = Path("/usr/include/simde/x86/avx512.h")  # emulates AVX-512 and AVX-VNNI
 # name -> machine, flags, what turbo_cpu_simd says
 BUILDS = {
     "scalar": ("x86_64", [], "scalar"),
+    "scalar-f16c": ("x86_64", ["-mavx", "-mf16c"], "scalar"),
     "avx2": ("x86_64", X86, "avx2"),
     "avx2-vnni": ("x86_64", [*X86, "-mavxvnni"], "avx2"),
     "avx512": ("x86_64", AVX512, "avx512"),

@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -18,8 +19,8 @@ from conftest import ROOT
 from sequences import window_slots
 from turboquant_gguf import cli
 from turboquant_gguf.core.tables import Shown
-from turboquant_gguf.llamacpp import bindings
-from turboquant_gguf.measure.demo import Measurement, table
+from turboquant_gguf.llamacpp import bindings, provenance
+from turboquant_gguf.measure.demo import Measurement, invitation, table
 
 COMMAND = (sys.executable, "-m", "turboquant_gguf.cli")
 NARROW = {"COLUMNS": "80", "NO_COLOR": "1"}
@@ -115,6 +116,17 @@ def test_demo_as_json(smollm2):
     assert 0.95 * f16["perplexity"] < turbo["perplexity"] < 1.2 * f16["perplexity"]
     assert f16["decode_speed"] > 0
     assert sentences(f16["answer"]) in sentences(done.stderr)  # streamed there
+
+
+@pytest.mark.parametrize("page, program", [(True, "llama-server"), (False, "llama-cli")])
+def test_demo_ends_by_saying_where_to_chat(page, program, monkeypatch, tmp_path):
+    monkeypatch.setattr(provenance, "built", lambda: {"web_page": page})
+    rows = [Measurement(k, k, k, 512, 1, 1, 1.0, 1.0, 1.0, "") for k in ("f16", "turbo3", "turbo2")]
+    said, command = invitation(tmp_path / "my model.gguf", rows).splitlines()
+    assert ("http://127.0.0.1:8080" in said) == page
+    model = str(tmp_path / "my model.gguf")
+    wanted = [program, "--model", model, "--cache-type-k", "turbo3", "--cache-type-v", "turbo3"]
+    assert shlex.split(command) == wanted
 
 
 def test_table_fits_80_columns():

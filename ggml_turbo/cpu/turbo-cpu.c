@@ -5,6 +5,10 @@
 #include "turbo-encode.h"
 #include "turbo-simd.h"
 
+#if defined(__F16C__) // which processors had before AVX2
+#  include <immintrin.h>
+#endif
+
 #if defined(_MSC_VER)
 #  define TURBO_INLINE static __forceinline
 #else

@@ -9,8 +9,10 @@
 #include "llama-memory-hybrid-iswa.h"
 #include "llama-memory-hybrid.h"
 #include "llama-model.h"
+#include "turbo-cache-facts.h"
 #include "turbo-cache-types.h"
 #include "turbo-centers.h"
+#include "turbo-settings.h"
 #include "turbo-value-rotation.h"
 
 #include <algorithm>
@@ -59,6 +61,15 @@ std::unique_ptr<llama_turbo_kv> llama_turbo_kv::make(llama_kv_cache & cache) {
         if (made->window) { // its memory is counted and cleared with the cache's own
             std::move(made->window->memories.begin(), made->window->memories.end(), std::back_inserter(cache.ctxs_bufs));
         }
+    }
+    if (!hparams.no_alloc) { // otherwise it only measures itself
+        uint64_t bytes = 0;
+        for (const auto & layer : cache.layers) {
+            bytes += ggml_nbytes(layer.k) + (layer.v ? ggml_nbytes(layer.v) : 0);
+        }
+        const auto sizes = made->window ? made->window->kept() : llama_turbo_window::size { 0, 0 };
+        llama_turbo_tell({ type_k, type_v, (uint32_t) cache.layers.size(), (uint32_t) cache.layers[0].k->ne[1], bytes, sizes.recent,
+            sizes.sinks, llama_turbo_is_draft() });
     }
     made->mark = (made->keys ? made->keys->hash() : 0) ^ (values_rotated ? 2 : 0) ^ (made->latent ? 4 : 0);
 

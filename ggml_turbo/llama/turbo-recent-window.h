@@ -55,9 +55,11 @@ public:
     // The memory of the rings, which the cache keeps with its own: each ring lies where its layer's cache does.
     std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> memories;
 
-    // ---- graphs ----
-
     uint32_t slots() const { return n_slots; } // of a stream
+
+    const size & kept() const { return sizes; } // of each sequence
+
+    // ---- graphs ----
 
     const ggml_tensor * memory(uint32_t layer) const { return rings[layer]; }
 

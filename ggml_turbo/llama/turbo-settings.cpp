@@ -18,6 +18,7 @@ static llama_turbo_params options[2] = { NOTHING, NOTHING }; // of contexts, of 
 
 static thread_local llama_turbo_params next  = NOTHING;
 static thread_local llama_turbo_params taken = NOTHING;
+static thread_local bool               draft = false;
 
 llama_turbo_params llama_turbo_default_params(void) {
     return NOTHING;
@@ -114,6 +115,7 @@ static void fill(llama_turbo_params & params, const llama_turbo_params & otherwi
 void llama_turbo_take_params(bool is_draft) {
     taken = next;
     next  = NOTHING;
+    draft = is_draft;
     {
         std::lock_guard<std::mutex> lock(options_mutex);
         if (is_draft) {
@@ -131,4 +133,8 @@ void llama_turbo_take_params(bool is_draft) {
 
 const llama_turbo_params & llama_turbo_taken_params() {
     return taken;
+}
+
+bool llama_turbo_is_draft() {
+    return draft;
 }

@@ -56,4 +56,5 @@ inline int32_t llama_turbo_number_of_tokens(const std::string & text) {
 // types. Throws where the environment says what cannot be.
 void llama_turbo_take_params(bool is_draft);
 const llama_turbo_params & llama_turbo_taken_params();
+bool llama_turbo_is_draft(); // whether it is made beside another
 #endif

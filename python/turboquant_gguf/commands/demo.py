@@ -9,8 +9,10 @@ from typing import Any
 
 import click
 from rich.console import Console
+from rich.markup import escape
 
 from ..core import tables
+from ..llamacpp import models
 from ..measure import demo as library
 from . import options
 
@@ -55,3 +57,5 @@ def demo(as_json: bool, **settings: Any) -> None:
         console = Console()
         console.rule()
         console.print(tables.Shown(library.table(results)), highlight=False)
+        model = settings["model"] or models.location(models.catalogue()[models.DEFAULT_MODEL])
+        console.print(f"\n{escape(library.invitation(model, results))}", highlight=False, soft_wrap=True)

@@ -173,10 +173,12 @@ _PROTOTYPES: dict[str, dict[str, tuple]] = {
     "ggml": {
         "ggml_backend_reg_count": (c_size_t,),
         "ggml_backend_reg_get": (c_void_p, c_size_t),
+        "ggml_backend_reg_by_name": (c_void_p, c_char_p),
         "ggml_backend_dev_count": (c_size_t,),
         "ggml_backend_dev_get": (c_void_p, c_size_t),
         "ggml_backend_dev_by_name": (c_void_p, c_char_p),
-        "ggml_backend_load": (c_void_p, c_char_p),
+        "ggml_backend_load_all_from_path": (None, c_char_p),
+        "turbo_library_path": (c_char_p, c_void_p),
     },
     "ggml-cpu": {
         "ggml_backend_cpu_init": (c_void_p,),
@@ -204,9 +206,23 @@ _PROTOTYPES: dict[str, dict[str, tuple]] = {
 
 
 def library_path(name: str) -> Path:
-    """The file of one of the libraries, such as "ggml-base"."""
+    """The file of one of the libraries, such as "ggml-base".
+
+    "ggml-cpu" may be there in several builds, one for each instruction set: this is the one in use.
+    """
+    if name == "ggml-cpu":
+        return _cpu_backend()
     file = {"win32": f"{name}.dll", "darwin": f"lib{name}.dylib"}.get(sys.platform, f"lib{name}.so")
     return native.library_dir() / file
+
+
+def _cpu_backend() -> Path:
+    if not function("ggml_backend_reg_by_name")(b"CPU"):
+        load_backends()
+    backend = function("ggml_backend_reg_by_name")(b"CPU")
+    if not backend:
+        raise FileNotFoundError(f"there is no CPU back end in {native.library_dir()}: install this package again")
+    return Path(os.fsdecode(function("turbo_library_path")(backend))).resolve()
 
 
 @cache
@@ -224,14 +240,18 @@ def function(name: str):
 
 
 @cache
-def load_backend() -> None:
-    """Loads the back end that GGML_BACKEND_PATH names, if it names one, as llama.cpp's programs do."""
-    if path := os.environ.get("GGML_BACKEND_PATH"):
-        function("ggml_backend_load")(path.encode())
+def load_backends() -> None:
+    """Loads the back ends that are not linked: files of this package, and the one that GGML_BACKEND_PATH names.
+
+    What cannot be loaded is named on stderr; ggml would name what can as well.
+    """
+    with captured_log() as log:
+        function("ggml_backend_load_all_from_path")(os.fsencode(native.library_dir()))
+    sys.stderr.writelines(line for line in "".join(log).splitlines(keepends=True) if "failed" in line)
 
 
 def _device(name: str) -> int:
-    load_backend()
+    load_backends()
     found = function("ggml_backend_dev_by_name")(name.encode())
     if not found:
         raise ValueError(f"ggml has no device called {name!r}")

@@ -39,7 +39,7 @@ class Model(Owner):
     def __init__(self, path: Path, *, gpu_layers: int = 0, vocabulary_only: bool = False) -> None:
         check_model_file(path)
         self.bindings = llama = bindings.load()
-        ggml.load_backend()
+        ggml.load_backends()
         params = llama.llama_model_default_params()
         params.n_gpu_layers = gpu_layers
         params.vocab_only = vocabulary_only

@@ -126,6 +126,7 @@ class ModelMemory(Owner):
         self._sizes: dict[tuple[CacheTypes, int], Size] = {}
         self._contents: dict[int, _Contents] = {}
         self._quantized: dict[str, str] = {}
+        ggml.load_backends()
         with ExitStack() as owned:
             self._memory = ggml.function("turbo_memory_open")(os.fsencode(path))
             if not self._memory:

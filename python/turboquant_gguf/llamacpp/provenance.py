@@ -17,8 +17,6 @@ from ..core import filehash, texts
 from . import ggml, recentwindow
 from .ggufile import GGUFModel
 
-_LIBRARIES = ("ggml-base", "ggml-cpu", "llama")
-
 _ROTATION = "LLAMA_ATTN_ROT_DISABLE"  # llama.cpp's own
 
 VARIABLES = (*recentwindow.VARIABLES, _ROTATION)
@@ -46,8 +44,11 @@ def model(path: Path, console: Console | None = None) -> dict:
 
 
 def build() -> dict:
-    """The versions of this package and of the libraries that compute, and what `switches` returns."""
-    return {"turboquant_gguf": version("turboquant-gguf"), "llama_cpp": _libraries()} | switches()
+    """The version of this package, a digest of what its libraries were compiled from, and what `switches` returns.
+
+    The same sources and options have the same digest, wherever they were built; `machine` has the instruction set.
+    """
+    return {"turboquant_gguf": version("turboquant-gguf"), "llama_cpp": _sources()} | switches()
 
 
 def versions() -> dict:
@@ -55,15 +56,15 @@ def versions() -> dict:
 
     llama_cpp_source: where its sources are from. backends: those in this build. instruction_set: of the CPU's codec.
     """
-    built = json.loads(texts.bundled("build.json"))
+    ggml.load_backends()
     count = ggml.function("ggml_backend_reg_count")()
     backends = [ggml.function("ggml_backend_reg_get")(number) for number in range(count)]
     return {
         "turboquant_gguf": version("turboquant-gguf"),
         "llama_cpp": ggml.function("llama_version")().decode(),
-        "llama_cpp_source": built["llama_cpp"],
+        "llama_cpp_source": built()["llama_cpp"],
         "ggml": ggml.function("ggml_version")().decode(),
-        "compiler": built["compiler"],
+        "compiler": built()["compiler"],
         "backends": [ggml.function("ggml_backend_reg_name")(backend).decode() for backend in backends],
         "instruction_set": ggml.function("turbo_cpu_simd")().decode(),
     }
@@ -83,18 +84,30 @@ def switch(to: Mapping[str, str]) -> None:
 
 
 @cache
-def _libraries() -> str:
-    digest = hashlib.sha256()
-    for name in _LIBRARIES:
-        digest.update(ggml.library_path(name).read_bytes())
-    return digest.hexdigest()[:12]
+def built() -> dict:
+    """What CMake knew of this build.
+
+    llama_cpp: where its sources are from. sources: SHA-256 of all that was compiled. options: those of ggml that may
+    change results. web_page: whether llama-server has one.
+    """
+    return json.loads(texts.bundled("build.json"))
+
+
+def _sources() -> str:
+    known = built()
+    return hashlib.sha256(f"{known['sources']} {known['options']}".encode()).hexdigest()[:12]
 
 
 @cache
 def machine() -> dict:
-    """The devices that llama.cpp computes on, the number of logical CPUs, and the operating system."""
-    ggml.load_backend()
+    """The devices that llama.cpp computes on, the CPU's instruction set, its logical CPUs, and the operating system."""
+    ggml.load_backends()
     count = ggml.function("ggml_backend_dev_count")()
     devices = [ggml.function("ggml_backend_dev_get")(number) for number in range(count)]
     names = [ggml.function("ggml_backend_dev_description")(device).decode() for device in devices]
-    return {"devices": names, "logical_cpus": os.cpu_count(), "system": platform.platform()}
+    return {
+        "devices": names,
+        "instruction_set": ggml.function("turbo_cpu_simd")().decode(),
+        "logical_cpus": os.cpu_count(),
+        "system": platform.platform(),
+    }

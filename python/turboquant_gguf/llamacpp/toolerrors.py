@@ -54,8 +54,9 @@ GGUF: Advice = (
 
 PIP: Advice = (
     (
-        r"No module named pip",
-        "This Python ({python}) has no pip, which fetches {title}. Install it: {python} -m ensurepip",
+        r"No module named '?(?:pip|ensurepip)|ensurepip is disabled",
+        "This Python ({python}) has neither pip, which fetches {title}, nor ensurepip, which brings pip. Install one: "
+        "apt-get install python3-venv (Debian, Ubuntu), or uv pip install pip (in an environment of uv's).",
     ),
     (
         r"DO NOT MATCH THE HASHES",

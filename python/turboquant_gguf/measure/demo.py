@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import as_file, files
@@ -14,9 +15,10 @@ from rich.markup import escape
 from ..core import progress, tables
 from ..core.tables import Table
 from ..core.units import MIB
-from ..llamacpp import perplexity, server
+from ..llamacpp import perplexity, provenance, server
 from ..llamacpp.cachefacts import CacheFacts
 from ..llamacpp.cachetypes import CacheTypes
+from ..llamacpp.ggml import is_turbo
 from ..llamacpp.models import DEFAULT_MODEL, fetch_with_bar
 from ..llamacpp.toolerrors import check_model_file
 
@@ -168,6 +170,15 @@ def table(measurements: Sequence[Measurement]) -> Table:
         for m in measurements
     ]
     return Table("Cache types", columns, {"": rows})
+
+
+def invitation(model: Path, measurements: Sequence[Measurement]) -> str:
+    """How to chat with a model, with the first turbo type that was measured: on llama-server's page, if it has one."""
+    best = next((m for m in measurements if is_turbo(m.type_k)), measurements[0])
+    page = provenance.built()["web_page"]
+    words = ["llama-server" if page else "llama-cli", "--model", model]
+    command = shlex.join(map(str, [*words, "--cache-type-k", best.type_k, "--cache-type-v", best.type_v]))
+    return f"Chat with it at http://127.0.0.1:8080 after\n  {command}" if page else f"Chat with it:\n  {command}"
 
 
 def _three_digits(count: int) -> str:

@@ -103,14 +103,17 @@ def _switches(build: Mapping[str, str]) -> list[str]:
 def provenance(sections: Sequence[Section]) -> list[Table]:
     """The machines and the builds."""
     machines = machines_of(sections)
-    rows = [[name, machine["system"]] for name, machine in zip(machine_names(machines), machines, strict=True)]
+    rows = [
+        [name, machine.get("instruction_set", NOTHING), machine["system"]]  # older measurements do not tell
+        for name, machine in zip(machine_names(machines), machines, strict=True)
+    ]
     builds = unique(one.settings["build"] for one in _findings(sections))
     versions = [
         [build["turboquant_gguf"], build["llama_cpp"], ", ".join(_switches(build)) or NOTHING] for build in builds
     ]
     words = [Column(heading, words=True) for heading in ("turboquant-gguf", "llama.cpp, digest", "switches")]
     return [
-        Table("Machines", [Column("machine", words=True), Column("system", words=True)], {"": rows}),
+        Table("Machines", [Column(name, words=True) for name in ("machine", "instructions", "system")], {"": rows}),
         Table("Builds", words, {"": versions}),
     ]
 
