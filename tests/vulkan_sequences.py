@@ -11,6 +11,7 @@ import numpy as np
 from sequences import Sequences
 from turboquant_gguf.llamacpp.cachetypes import CacheTypes
 from turboquant_gguf.llamacpp.logits import Model
+from turboquant_gguf.llamacpp.placement import Placement
 
 TOKENS = [3 + token * 37 % 250 for token in range(200)]
 
@@ -49,7 +50,7 @@ def run(
     path: Path, types: CacheTypes, gpu_layers: int, do: Callable, arguments: Sequence, options: dict
 ) -> tuple[object, str]:
     """What `do` gives for a context of the model with so many layers on a device, and the log."""
-    with Model(path, gpu_layers=gpu_layers) as model:
+    with Model(path, Placement(gpu_layers=gpu_layers)) as model:
         with Sequences(path, types, model=model, sequences=4, length=160, **options) as cache:
             return do(cache, *arguments), "".join(model.log)
 

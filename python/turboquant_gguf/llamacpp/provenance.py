@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ..core import filehash, texts
-from . import ggml, recentwindow
+from . import ggml, placement, recentwindow
 from .ggufile import GGUFModel
 
 _LIBRARIES = ("ggml-base", "ggml-cpu", "llama")
@@ -92,9 +92,6 @@ def _libraries() -> str:
 
 @cache
 def machine() -> dict:
-    """The devices that llama.cpp computes on, the number of logical CPUs, and the operating system."""
-    ggml.load_backend()
-    count = ggml.function("ggml_backend_dev_count")()
-    devices = [ggml.function("ggml_backend_dev_get")(number) for number in range(count)]
-    names = [ggml.function("ggml_backend_dev_description")(device).decode() for device in devices]
-    return {"devices": names, "logical_cpus": os.cpu_count(), "system": platform.platform()}
+    """The devices that llama.cpp computes on, the GPUs among them, the number of logical CPUs, the operating system."""
+    names = {"devices": placement.devices(), "gpus": placement.devices(placement.GPUS)}
+    return names | {"logical_cpus": os.cpu_count(), "system": platform.platform()}
