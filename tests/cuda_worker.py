@@ -18,6 +18,7 @@ import turboquant_gguf
 from sequences import Sequences
 from turboquant_gguf.llamacpp.cachetypes import CacheTypes
 from turboquant_gguf.llamacpp.logits import EXACT, Model
+from turboquant_gguf.llamacpp.placement import Placement
 
 TYPES = (("turbo4", "turbo3"), ("turbo2", "turbo2"), ("turbo3", "turbo4"))
 TEXT = [int(token) for token in np.random.default_rng(1).integers(3, 250, 60)]
@@ -55,7 +56,7 @@ def main() -> None:
         exact = operations(path, EXACT, model)
         on_cpu = [operations(path, CacheTypes(*types), model) for types in TYPES]
     runs = {}
-    with Model(path, gpu_layers=99) as model:
+    with Model(path, Placement(gpu_layers=99)) as model:
         for name, takes_attention in (("stored", False), ("attended", True)):
             emulated.simt_take_attention(takes_attention)
             runs[name] = [operations(path, CacheTypes(*types), model) for types in TYPES]

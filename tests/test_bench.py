@@ -23,6 +23,7 @@ from turboquant_gguf.kinds.runners import llamabench
 from turboquant_gguf.kinds.speed import Speed
 from turboquant_gguf.llamacpp import cachefacts, native
 from turboquant_gguf.llamacpp.cachetypes import F16, CacheTypes
+from turboquant_gguf.llamacpp.placement import Placement
 from turboquant_gguf.measure import sweep
 from turboquant_gguf.measure.store import Measurement
 from turboquant_gguf.measure.sweep import Outcome
@@ -49,7 +50,8 @@ def run(*arguments: str | Path) -> subprocess.CompletedProcess:
 
 def measure(model: Path, folder: Path, **options) -> Outcome:
     # one thread, which does not wait for others on a busy machine
-    least = {"types": ["turbo4"], "depths": [0], "prefill": 16, "decode": 4, "threads": 1, "repetitions": 1}
+    least = {"types": ["turbo4"], "depths": [0], "prefill": 16, "decode": 4, "repetitions": 1}
+    least["placement"] = Placement(threads=1)
     return sweep.measure("speed", model, results=folder / "r.sqlite", console=Console(quiet=True), **least | options)
 
 

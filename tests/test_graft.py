@@ -125,6 +125,19 @@ def test_insertions_at_one_place_keep_the_order_of_the_list(small):
     assert "case 0:\n        case 9:\n        case 1: return 2;" in content
 
 
+def test_code_that_moved_is_found_in_its_other_file(small):
+    moved = replace(INSERTION, file="src/new.c", others=("src/a.c",))
+    for _ in range(2):
+        assert list(graft.insert(small, [moved])) == ["src/a.c"] and not graft.misfits(small, [moved])
+        (small / "src" / "new.c").write_text("int other;\n")
+    (small / "src" / "new.c").write_text(C_FILE)
+    assert list(graft.insert(small, [moved])) == ["src/new.c"]
+    for name in ("a.c", "new.c"):
+        (small / "src" / name).write_text("")
+    with pytest.raises(graft.AnchorError, match="src/new.c: the block is not there"):
+        graft.insert(small, [moved])
+
+
 FUNCTION = """\
 int head(
         int a) {
@@ -175,6 +188,7 @@ def test_a_block_without_an_end_is_refused(small):
         ('file = "a"\nwhy = "w"\nlines = "y"', "needs before or after, once"),
         ('file = "a"\nwhy = "w"\nbefore = "x"\nlines = "y"\ninline = "y"', "needs lines or inline, once"),
         ('file = "a"\nbefore = "x"\nlines = "y"', "needs why, once"),
+        ('file = ["a", 3]\nwhy = "w"\nbefore = "x"\nlines = "y"', "has a file that is no text"),
         ('file = 3\nwhy = "w"\nbefore = "x"\nlines = "y"', "has a file that is no text"),
         ('file = "a"\nwhy = "w"\nwithin = ["a", 1]\nbefore = "x"\nlines = "y"', "has a within that is no text"),
         ('file = "a"\nwhy = "w"\nbefore = ""\nlines = "y"', "has a before that is no text"),

@@ -44,7 +44,7 @@ class Letters(Kind):
 
     @classmethod
     def plan(cls, work: Work, *, more: int = 1) -> Iterator["Letters"]:
-        yield cls(work.model, work.facts, work.threads, {0: work.types, 1: work.types}, more)
+        yield cls(work.model, work.facts, work.placement, {0: work.types, 1: work.types}, more)
 
     @property
     def settings(self) -> dict:
@@ -211,7 +211,8 @@ def test_help_and_pages_name_every_kind(tiny, letters, tmp_path, monkeypatch):
 
 
 def test_commands_share_options_and_the_shape_of_json(tiny, tmp_path):
-    shared = {"--types", "--threads", "--results", "--cluster", "--plot", "--force", "--json", "--cache-window"}
+    shared = {"--types", "--threads", "--gpu-layers", "--no-kv-offload", "--results", "--cluster", "--plot", "--force"}
+    shared |= {"--json", "--cache-window"}
     for kind in KINDS.values():
         assert shared <= {name for one in command(kind).params for name in one.opts}, kind.name
     text = tmp_path / "text.txt"

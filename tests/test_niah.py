@@ -27,6 +27,7 @@ from turboquant_gguf.kinds.runners import needles
 from turboquant_gguf.kinds.runners.needles import Needle
 from turboquant_gguf.llamacpp import server
 from turboquant_gguf.llamacpp.cachetypes import CacheTypes
+from turboquant_gguf.llamacpp.placement import Placement
 from turboquant_gguf.measure.sweep import measure
 from turboquant_gguf.report import plots
 from turboquant_gguf.report.contents import Section
@@ -55,7 +56,7 @@ def sentences(text: str) -> str:
 
 def ask(model: Path, folder: Path, **options) -> list[dict]:
     """The answers, of all types."""
-    least = {"types": ["f16"], "lengths": [TINY_LENGTH], "depths": [50], "threads": 1}
+    least = {"types": ["f16"], "lengths": [TINY_LENGTH], "depths": [50], "placement": Placement(threads=1)}
     outcome = measure("retrieval", model, results=folder / "r.sqlite", console=Console(quiet=True), **least | options)
     if outcome.failures:
         raise TurboquantError(outcome.failures[0].message)
@@ -204,7 +205,8 @@ def test_an_answer_does_not_depend_on_what_else_is_asked(tiny, tmp_path):
 
 
 def test_further_trials_are_added(tiny, tmp_path):
-    how = {"types": ["turbo4"], "lengths": [300], "depths": [50], "threads": 1, "results": tmp_path / "r.sqlite"}
+    how = {"types": ["turbo4"], "lengths": [300], "depths": [50], "results": tmp_path / "r.sqlite"}
+    how["placement"] = Placement(threads=1)
     assert measure("retrieval", tiny, **how, console=Console(quiet=True)).added == 2
     more = measure("retrieval", tiny, **how, trials=3, console=Console(quiet=True))
     assert (more.known, more.added) == (2, 4) and len(more.findings[0].values[retrieval.F16]) == 3

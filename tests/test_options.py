@@ -41,6 +41,8 @@ def options_of(command: str) -> dict:
     [
         ("--json", set(cli.cli.commands) - {"convert"}),
         ("--threads", {"bench", "calibrate", "demo", "eval", "niah", "ppl", "sweep", "verify"}),
+        ("--no-kv-offload", {"bench", "calibrate", "demo", "eval", "niah", "ppl", "sweep", "verify"}),
+        ("--gpu-layers", {"bench", "calibrate", "demo", "eval", "niah", "ppl", "sweep", "verify"}),
         ("--cache-window", {"bench", "demo", "eval", "inspect", "niah", "ppl", "recommend", "sweep", "verify"}),
         ("--cache-sinks", {"bench", "demo", "eval", "inspect", "niah", "ppl", "recommend", "sweep", "verify"}),
         ("--force", {"bench", "calibrate", "eval", "niah", "ppl", "report"}),
@@ -104,6 +106,22 @@ def test_force_lets_it_be_replaced(llama):
 def test_base_of_ppl(llama, base, code):
     options = ["--text", "text.txt", "--context", "256", "--types", "q8_0", "--chunks", "1"]
     assert invoke("ppl", llama, *options, "--base", base).exit_code == code
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["ppl", "MODEL", "--text", "text.txt", "--context", "256"],
+        ["calibrate", "MODEL", "-o", "out.gguf"],
+        ["demo", "--model", "MODEL"],
+        ["verify", "MODEL", "MODEL"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_layers_are_on_no_gpu_that_is_not_there(llama, command, monkeypatch):
+    monkeypatch.setattr("turboquant_gguf.llamacpp.placement.devices", lambda *_: [])
+    done = invoke(*(llama if word == "MODEL" else word for word in command), "--gpu-layers", "1")
+    assert "This build of llama.cpp finds no GPU" in f"{done.stderr} {done.exception}" and done.exit_code
 
 
 @pytest.mark.parametrize("command", ["inspect", "recommend", "ppl", "calibrate", "verify", "bench", "niah", "demo"])

@@ -17,6 +17,7 @@ from rich.console import Console
 import checkpoints
 from turboquant_gguf import cli
 from turboquant_gguf.errors import TurboquantError
+from turboquant_gguf.llamacpp.placement import Placement
 from turboquant_gguf.measure.store import Store
 from turboquant_gguf.measure.sweep import Outcome, measure, sweep
 
@@ -40,7 +41,8 @@ def swept(
     kinds = {name: LEAST[name] for name in measure}
     if "quality" in kinds:
         kinds["quality"] = kinds["quality"] | {"text": str(text), "chunks": chunks}
-    return sweep([model], kinds, types=types, threads=1, results=results, console=Console(quiet=True), **common)
+    common |= {"placement": Placement(threads=1), "results": results, "console": Console(quiet=True)}
+    return sweep([model], kinds, types=types, **common)
 
 
 def rows(path: Path) -> list[tuple]:
@@ -101,7 +103,7 @@ def test_all_kinds(tiny, text, tmp_path):
     assert all(found["decode_speed"] > 0 and found["depth"] == 0 for (found,) in speed.values())
     assert [needle["depth"] for needle in needles["turbo4"]] == [0, 25, 50, 75, 100]
     # the same as the command of that name
-    how = {"types": ["turbo4"], "threads": 1, "results": results, "console": Console(quiet=True)}
+    how = {"types": ["turbo4"], "placement": Placement(threads=1), "results": results, "console": Console(quiet=True)}
     alone = measure("quality", tiny, text=str(text), context=32, chunks=3, **how)
     assert len(rows(results)) == 10 and alone.findings[0].parts == 3
 

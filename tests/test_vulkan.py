@@ -4,6 +4,7 @@ Of llama.cpp's ggml-vulkan alone is built what these tests use: the library, wit
 vulkan_glslc lists. The package under test loads it.
 """
 
+import json
 import os
 import re
 import shutil
@@ -181,11 +182,29 @@ def test_a_state_goes_from_a_device_to_the_cpu_and_back(device, plain: Path, fir
     assert error(expected, run(second, vulkan_sequences.restore, state)) < 0.05
 
 
-def test_perplexity_names_the_device(device, plain: Path, tmp_path: Path):
-    text = tmp_path / "text.txt"
-    text.write_text("The lens gathers what the mirror throws away, and the light goes out over the water. " * 8)
-    command = [sys.executable, "-m", "turboquant_gguf.cli", "ppl", plain, "--gpu-layers", "99", "--text", text,
-               "--types", "turbo4", "--context", "256", "--chunks", "1"]  # fmt: skip
-    done = subprocess.run(command, env=os.environ | device, capture_output=True, text=True, check=False)
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["ppl", "MODEL", "--text", "text.txt", "--context", "256", "--chunks", "1", "--types", "turbo4"],
+        ["bench", "MODEL", "--depths", "0", "--prefill", "16", "--decode", "2", "--repetitions", "1", "--types", "f16"],
+        ["demo", "--model", "MODEL", "--max-tokens", "2", "--types", "f16"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_commands_say_what_device_they_used(device, plain: Path, tmp_path: Path, command: list[str]):
+    text = "The lens gathers what the mirror throws away, and the light goes out over the water. " * 24
+    (tmp_path / "text.txt").write_text(text)
+    words = [str(plain) if word == "MODEL" else word for word in command]
+    more = {"TURBOQUANT_CACHE_DIR": str(tmp_path), "COLUMNS": "300"}
+    done = subprocess.run(
+        [sys.executable, "-m", "turboquant_gguf.cli", *words, "--gpu-layers", "2", "--json"],
+        env=os.environ | device | more, cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "llvmpipe" in done.stdout, done.stdout
+    said = json.loads(done.stdout)
+    if command[0] in ("ppl", "bench"):
+        (finding,) = said["findings"]
+        assert (finding["settings"]["gpu_layers"], finding["settings"]["kv_offload"]) == (2, True)
+        assert "2 layers on llvmpipe" in done.stderr and "llvmpipe" in finding["machines"][0]["gpus"][0]
+    else:
+        assert said[0]["device"].startswith("2 layers on llvmpipe")

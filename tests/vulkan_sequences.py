@@ -11,12 +11,13 @@ import numpy as np
 from sequences import Sequences
 from turboquant_gguf.llamacpp.cachetypes import CacheTypes
 from turboquant_gguf.llamacpp.logits import Model
+from turboquant_gguf.llamacpp.placement import Placement
 
 TOKENS = [3 + token * 37 % 250 for token in range(200)]
 
 
 def everything(cache: Sequences) -> list[np.ndarray]:
-    """A prompt, an answer, rejected drafts, a copy, a removal, a state that is restored: logits of each."""
+    """A prompt, an answer, rejected drafts, a copy, a context shift, a state that is restored: logits of each."""
     found = [cache.prompt(TOKENS[:100]), cache.answer(TOKENS[100:103], 100)]
     cache.prompt(TOKENS[:5], first=103)  # a draft
     cache.remove(0, 104, -1)
@@ -25,7 +26,8 @@ def everything(cache: Sequences) -> list[np.ndarray]:
     found.append(cache.read((TOKENS[106], 106, 0), (TOKENS[7], 106, 1)))
     state = cache.saved(1)
     cache.remove(0, 4, 44)
-    found.append(cache.answer(TOKENS[107:109], 107))
+    cache.add(0, 44, -1, -40)
+    found.append(cache.answer(TOKENS[107:109], 67))
     cache.restore(state, 2)
     found.append(cache.answer(TOKENS[107:109], 107, 2))
     found.append(cache.prompt(TOKENS[20:60], 3))
@@ -49,7 +51,7 @@ def run(
     path: Path, types: CacheTypes, gpu_layers: int, do: Callable, arguments: Sequence, options: dict
 ) -> tuple[object, str]:
     """What `do` gives for a context of the model with so many layers on a device, and the log."""
-    with Model(path, gpu_layers=gpu_layers) as model:
+    with Model(path, Placement(gpu_layers=gpu_layers)) as model:
         with Sequences(path, types, model=model, sequences=4, length=160, **options) as cache:
             return do(cache, *arguments), "".join(model.log)
 
@@ -59,10 +61,6 @@ def _begin(environment: dict[str, str]) -> None:
 
 
 def on_device(environment: dict[str, str], *arguments: object) -> tuple[object, str]:
-    """The same in a process of its own, which has these variables.
-
-    One context for each process: with more of them, llama.cpp on Debian 12's lavapipe corrupts its heap, also with a
-    cache of f16.
-    """
+    """The same in a process of its own, which has these variables: a device stays with the process that loaded it."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_begin, initargs=(environment,)) as process:
         return process.submit(run, *arguments).result()

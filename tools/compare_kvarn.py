@@ -72,6 +72,7 @@ from turboquant_gguf.llamacpp.cachetypes import F16, CacheTypes
 from turboquant_gguf.llamacpp.ggufile import GGUFModel
 from turboquant_gguf.llamacpp.logits import Model
 from turboquant_gguf.llamacpp.modelmemory import STEP
+from turboquant_gguf.llamacpp.placement import Placement
 from turboquant_gguf.weights.calibration import KEY, RECENT, SINKS, VERSION, Layer, Rotary, rotary_of
 from turboquant_gguf.weights.value_rotation import block_size, hadamard
 
@@ -272,7 +273,7 @@ def read_calibration(path: Path, head_size: int) -> list[Layer | None]:
             np.array(file.metadata[KEY + name][:]) for name in ("sizes", "turned", "center", "scale")
         )
     begins = np.cumsum(sizes)[:-1]
-    with Model(path) as model, model.open(STEP, threads=1) as context:
+    with Model(path, Placement(threads=1)) as model, model.open(STEP) as context:
         rotaries = [rotary_of(context, number) for number in range(len(sizes))]
     vectors = zip(np.split(center, begins), np.split(scale, begins), rotaries, turned, strict=True)
     return [

@@ -9,7 +9,8 @@
 insertions/*.toml say what is inserted where, and why; pin.toml for which llama.cpp. Nothing is removed. An insertion
 has
 
-    file            the file of llama.cpp
+    file            the file of llama.cpp, or a list of files, since code moves from release to release: the first that
+                    holds the anchor
     why             the reason it exists, in words that need no other insertion beside them, and no other insertion has
     within          a block, or a list of them, that holds the anchor: by its first line (or lines), from which it
                     reaches to its closing brace; or by a comment, which stands for the block around it. Absent: the
@@ -29,7 +30,7 @@ import re
 import shutil
 import sys
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -61,6 +62,14 @@ class Insertion:
     text: str
     whole_lines: bool  # whole lines beside the line of the anchor, or characters right beside the anchor
     blocks: tuple[str, ...]  # the first lines of the blocks that hold the anchor; empty: the whole file
+    others: tuple[str, ...] = ()  # files in which it is looked for where `file` does not hold the anchor
+
+    def placed(self, source: Path) -> "Insertion":
+        """The insertion with the file of a tree that holds the anchor."""
+        for name in (self.file, *self.others):
+            if (source / name).is_file() and self.anchor in (source / name).read_bytes().decode():
+                return replace(self, file=name)
+        return self
 
     def offsets(self, content: str) -> list[int]:
         """Where in the pristine content the text goes."""
@@ -143,28 +152,31 @@ def _parse(name: str, entry: dict) -> Insertion:
         if len(entry.keys() & set(keys)) != 1:
             raise GraftError(f"{described} needs {' or '.join(keys)}, once")
     for key, value in entry.items():
-        texts = value if key == "within" and isinstance(value, list) else [value]
+        texts = value if key in ("file", "within") and isinstance(value, list) else [value]
         if not all(isinstance(text, str) and text for text in texts):
             raise GraftError(f"{described} has a {key} that is no text")
     if not entry.get("lines", "\n").endswith("\n"):
         raise GraftError(f"{described} has lines that do not end with a line break")
     side = "before" if "before" in entry else "after"
-    blocks = entry.get("within", [])
+    blocks, files = (
+        (texts,) if isinstance(texts, str) else tuple(texts) for texts in (entry.get("within", []), entry["file"])
+    )
     return Insertion(
-        file=entry["file"],
+        file=files[0],
         why=entry["why"],
         anchor=entry[side],
         side=side,
         text=entry["lines"] if "lines" in entry else entry["inline"],
         whole_lines="lines" in entry,
-        blocks=(blocks,) if isinstance(blocks, str) else tuple(blocks),
+        blocks=blocks,
+        others=files[1:],
     )
 
 
 def misfits(source: Path, insertions: list[Insertion]) -> list[tuple[Insertion, str]]:
     """The insertions that do not fit a tree, each with its problem: "missing" or "ambiguous"."""
     found = []
-    for insertion in insertions:
+    for insertion in (one.placed(source) for one in insertions):
         try:
             insertion.offsets((source / insertion.file).read_bytes().decode())
         except FileNotFoundError:
@@ -177,7 +189,7 @@ def misfits(source: Path, insertions: list[Insertion]) -> list[tuple[Insertion, 
 def insert(source: Path, insertions: list[Insertion]) -> dict[str, str]:
     """The new content of every file that gets an insertion. Anchors are looked up in pristine text only."""
     by_file: dict[str, list[Insertion]] = {}
-    for insertion in insertions:
+    for insertion in (one.placed(source) for one in insertions):
         by_file.setdefault(insertion.file, []).append(insertion)
 
     grafted = {}

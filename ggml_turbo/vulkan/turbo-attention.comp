@@ -3,12 +3,13 @@
 #extension GL_EXT_shader_16bit_storage : require
 #extension GL_EXT_shader_explicit_arithmetic_types : require
 
-// Attention of rows to a range of keys, for the two operators that read turbo types: FLASH_ATTN_EXT, and attention with a recent window
-// (ops/turbo-window.h), whose cache, ring and batch are a dispatch each. A row is a query of one of the heads that share a KV head. What
-// comes out is one part of the softmax; turbo-combine.comp makes the result of all parts.
+// Attention of rows to a range of keys, for the two operators that read turbo types: FLASH_ATTN_EXT, and attention with
+// a recent window (ops/turbo-window.h), whose cache, ring and batch are a dispatch each. A row is a query of one of the
+// heads that share a KV head. What comes out is one part of the softmax; turbo-combine.comp makes the result of all
+// parts.
 //
-// A workgroup has ROWS rows and takes KEYS keys at a time. Keys and values are decoded once for all rows, 64 channels at a time, into
-// shared memory, in float32.
+// A workgroup has ROWS rows and takes KEYS keys at a time. Keys and values are decoded once for all rows, 64 channels
+// at a time, into shared memory, in float32.
 
 #define FLOAT_TYPE   float
 #define FLOAT_TYPEV2 vec2
@@ -91,20 +92,20 @@ uint units_per_row_value(uint type, uint d) { // where value d of a row is
 float half_at(uint word) { return unpackHalf2x16(word).x; }
 float bf16_at(uint word) { return uintBitsToFloat(word << 16); }
 
-#define LOAD(F32, WORDS, CODEBOOK, TYPE, BINDING)                                                                              \
-    const uint at = row + units_per_row_value(TYPE, d);                                                                        \
-    if (TYPE == GGML_TYPE_F32) {                                                                                               \
-        return vec4(F32.data[at], F32.data[at + 1u], F32.data[at + 2u], F32.data[at + 3u]);                                    \
-    }                                                                                                                          \
-    if (TYPE == GGML_TYPE_F16) {                                                                                               \
-        return vec4(half_at(uint(WORDS.data[at])), half_at(uint(WORDS.data[at + 1u])), half_at(uint(WORDS.data[at + 2u])),     \
-                    half_at(uint(WORDS.data[at + 3u])));                                                                       \
-    }                                                                                                                          \
-    if (TYPE == GGML_TYPE_BF16) {                                                                                              \
-        return vec4(bf16_at(uint(WORDS.data[at])), bf16_at(uint(WORDS.data[at + 1u])), bf16_at(uint(WORDS.data[at + 2u])),     \
-                    bf16_at(uint(WORDS.data[at + 3u])));                                                                       \
-    }                                                                                                                          \
-    if (turbo_k(TYPE) != 0u) TURBO_LOAD(WORDS, CODEBOOK, TYPE)                                                                 \
+#define LOAD(F32, WORDS, CODEBOOK, TYPE, BINDING)                                            \
+    const uint at = row + units_per_row_value(TYPE, d);                                      \
+    if (TYPE == GGML_TYPE_F32) {                                                             \
+        return vec4(F32.data[at], F32.data[at + 1u], F32.data[at + 2u], F32.data[at + 3u]);  \
+    }                                                                                        \
+    if (TYPE == GGML_TYPE_F16) {                                                             \
+        return vec4(half_at(uint(WORDS.data[at])), half_at(uint(WORDS.data[at + 1u])),       \
+                    half_at(uint(WORDS.data[at + 2u])), half_at(uint(WORDS.data[at + 3u]))); \
+    }                                                                                        \
+    if (TYPE == GGML_TYPE_BF16) {                                                            \
+        return vec4(bf16_at(uint(WORDS.data[at])), bf16_at(uint(WORDS.data[at + 1u])),       \
+                    bf16_at(uint(WORDS.data[at + 2u])), bf16_at(uint(WORDS.data[at + 3u]))); \
+    }                                                                                        \
+    if (turbo_k(TYPE) != 0u) TURBO_LOAD(WORDS, CODEBOOK, TYPE)                               \
     return dequantize4(at, d % fa_block_elems(TYPE), 0u, BINDING);
 
 // Values d to d + 3 of a row of keys or values.
@@ -132,7 +133,8 @@ void main() {
     const uint n_heads = p.heads & 0xffffu, n_kv_heads = p.heads >> 16, group = n_heads/n_kv_heads;
     const uint kv_head = gl_WorkGroupID.y, split = gl_WorkGroupID.z % p.n_splits, stream = gl_WorkGroupID.z/p.n_splits;
     const uint n_streams = gl_NumWorkGroups.z/p.n_splits, n_rows = p.n_queries*group, first_row = gl_WorkGroupID.x*ROWS;
-    const uint window_offset = p.window_offset_columns_offset & 0xffffu, columns_offset = p.window_offset_columns_offset >> 16;
+    const uint window_offset = p.window_offset_columns_offset & 0xffffu;
+    const uint columns_offset = p.window_offset_columns_offset >> 16;
 
     init_iq_shmem(gl_WorkGroupSize);
     load_codebooks(thread);
@@ -156,7 +158,8 @@ void main() {
         float bias[4], added[4];
         const uint token = tile + key;
         for (uint i = 0u; i < 4u; ++i) {
-            const uint row = first_row + row_begin + 4u*i, query = p.first_query + row/group, head = kv_head*group + row % group;
+            const uint row = first_row + row_begin + 4u*i;
+            const uint query = p.first_query + row/group, head = kv_head*group + row % group;
             bias[i]  = HIDDEN;
             added[i] = 0.0;
             if (token < end && row < n_rows) {
@@ -169,15 +172,18 @@ void main() {
                 if (IS_CACHE) {
                     const int in_window = columns.data[columns_offset + stream*p.columns_stream + token];
                     if (in_window >= 0 && float(window_mask.data[
-                            window_offset + query*p.window_query + stream*p.window_stream + uint(in_window)]) != HIDDEN) {
+                            window_offset + query*p.window_query + stream*p.window_stream + uint(in_window)])
+                        != HIDDEN) {
                         bias[i] = HIDDEN;
                     }
                 }
                 if (bias[i] != HIDDEN) {
                     is_any_seen = 1u;
                     if (HAS_TILES) {
-                        const int number = columns.data[columns_offset + stream*p.columns_stream + p.first_tile + token];
-                        added[i] = q.data[p.q_offset + query*p.q_query + head*p.q_head + stream*p.q_stream + SIZE_K + uint(number)];
+                        const int number =
+                            columns.data[columns_offset + stream*p.columns_stream + p.first_tile + token];
+                        added[i] = q.data[
+                            p.q_offset + query*p.q_query + head*p.q_head + stream*p.q_stream + SIZE_K + uint(number)];
                     }
                 }
             }
@@ -201,8 +207,8 @@ void main() {
                 const uint row = first_row + i/CHUNK, d = chunk + 4u*(i % CHUNK);
                 q_chunk[i] = vec4(0.0);
                 if (row < n_rows && d < SIZE_K) {
-                    const uint at = p.q_offset + (p.first_query + row/group)*p.q_query + (kv_head*group + row % group)*p.q_head
-                        + stream*p.q_stream + d;
+                    const uint at = p.q_offset + (p.first_query + row/group)*p.q_query
+                        + (kv_head*group + row % group)*p.q_head + stream*p.q_stream + d;
                     q_chunk[i] = vec4(q.data[at], q.data[at + 1u], q.data[at + 2u], q.data[at + 3u]);
                 }
             }

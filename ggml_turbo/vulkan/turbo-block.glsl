@@ -27,9 +27,9 @@ float turbo_scale_end(uint k, uint code) {
     return uintBitsToFloat((code << (21u - k)) + (1u << (20u - k)) + (87u << 23));
 }
 
-// 16-bit words of a block: the header, then the codes. Those of four values from value i on, a multiple of four, lie in the
-// words from turbo_first_word on, as bits from turbo_first_bit on: the second word may be the one after the block's last,
-// and then has no bit of them.
+// 16-bit words of a block: the header, then the codes. Those of four values from value i on, a multiple of four, lie in
+// the words from turbo_first_word on, as bits from turbo_first_bit on: the second word may be the one after the block's
+// last, and then has no bit of them.
 const uint TURBO_VALUES = 64u;
 
 uint turbo_words(uint k) {

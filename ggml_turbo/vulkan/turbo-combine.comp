@@ -22,7 +22,8 @@ void main() {
     if (row >= p.n_rows) {
         return;
     }
-    const uint head = row % p.n_heads, query = p.first_query + row/p.n_heads % p.n_queries, stream = row/p.n_heads/p.n_queries;
+    const uint head = row % p.n_heads, query = p.first_query + row/p.n_heads % p.n_queries;
+    const uint stream = row/p.n_heads/p.n_queries;
     const float sink = p.has_sinks != 0u ? sinks.data[p.sinks_offset + head] : HIDDEN; // one more key, without a value
     float largest = sink;
     for (uint i = 0u; i < p.n_parts; ++i) {
@@ -40,6 +41,7 @@ void main() {
             const float top = parts.data[at + p.size_v];
             sum += top == HIDDEN ? 0.0 : exp(top - largest)*parts.data[at + d];
         }
-        result.data[p.result_offset + ((stream*p.all_queries + query)*p.n_heads + head)*p.size_v + d] = total > 0.0 ? sum/total : 0.0;
+        result.data[p.result_offset + ((stream*p.all_queries + query)*p.n_heads + head)*p.size_v + d] =
+            total > 0.0 ? sum/total : 0.0;
     }
 }

@@ -1,9 +1,9 @@
 #version 450
 #extension GL_EXT_shader_16bit_storage : require
 
-// Floats to blocks: a workgroup a block, a thread a trellis state. The steps and their order are those of format/README.md. Vulkan
-// does not promise exact square roots and divisions, so these are made of integers here; sums and products of floats it rounds
-// correctly, to nearest on every device known. So the bytes are the reference's.
+// Floats to blocks: a workgroup a block, a thread a trellis state. The steps and their order are those of
+// format/README.md. Vulkan does not promise exact square roots and divisions, so these are made of integers here; sums
+// and products of floats it rounds correctly, to nearest on every device known. So the bytes are the reference's.
 
 #include "turbo-block.glsl"
 #include "turbo-rows.glsl"

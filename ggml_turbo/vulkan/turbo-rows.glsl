@@ -1,4 +1,5 @@
-// Rows of blocks and rows of floats, from one to the other: SET_ROWS and GET_ROWS with an index for each row, CPY without.
+// Rows of blocks and rows of floats, from one to the other: SET_ROWS and GET_ROWS with an index for each row, CPY
+// without.
 
 layout(constant_id = 0) const uint K           = 4; // bits of a code
 layout(constant_id = 1) const uint INDEX_WORDS = 0; // of 32 bits, of a row's index; 0: there are no indices
@@ -16,7 +17,8 @@ layout(binding = 2) readonly buffer INDICES { uint data[]; } indices;
 
 // Where block i lies among all; false if there are fewer. first_float: of its values, first_word: of its bytes.
 bool locate(uint i, out uint first_float, out uint first_word) {
-    const uint block = i % p.n_blocks, i1 = i/p.n_blocks % p.n1, i2 = i/p.n_blocks/p.n1 % p.n2, i3 = i/p.n_blocks/p.n1/p.n2;
+    const uint block = i % p.n_blocks, i1 = i/p.n_blocks % p.n1;
+    const uint i2 = i/p.n_blocks/p.n1 % p.n2, i3 = i/p.n_blocks/p.n1/p.n2;
     if (i3 >= p.n3) {
         return false;
     }

@@ -1,7 +1,8 @@
 #pragma once
 
-// What ggml-vulkan.cpp names of VK_EXT_layer_settings, for Vulkan headers older than 1.3.261 (Debian 12). Only GGML_VULKAN_VALIDATE
-// uses it, and needs newer headers. It is included before everything else, so without vulkan.hpp, which is configured later.
+// What ggml-vulkan.cpp names of VK_EXT_layer_settings, for Vulkan headers older than 1.3.261 (Debian 12). Only
+// GGML_VULKAN_VALIDATE uses it, and needs newer headers. It is included before everything else, so without vulkan.hpp,
+// which is configured later.
 
 #include <vulkan/vulkan_core.h>
 

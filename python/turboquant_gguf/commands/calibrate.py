@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..core import messages
+from ..llamacpp.placement import Placement
 from ..weights import calibration as library
 from . import options
 
@@ -53,7 +54,7 @@ def _no_longer_needed(_context: click.Context, _parameter: click.Parameter, valu
 )
 @click.option("--context", type=int, hidden=True, expose_value=False, callback=_no_longer_needed)
 @click.option("--seed", type=int, default=0, show_default=True, help="Which parts of a longer text.")
-@options.threads
+@options.placement
 @options.force
 @options.json("what was done")
 def calibrate(
@@ -63,7 +64,7 @@ def calibrate(
     text: Path | None,
     tokens: int,
     seed: int,
-    threads: int | None,
+    placement: Placement,
     force: bool,
     as_json: bool,
 ) -> None:
@@ -71,7 +72,7 @@ def calibrate(
 
     With it, a quantized key cache stores each key minus the mean key of its position and scaled channel by channel, and
     queries make up for it: the same model, but the cache loses less, in contexts of any length. It serves all quantized
-    key types, q8_0 and q4_0 as well. The model runs over a text twice, on the CPU. Stock llama.cpp runs the file as
+    key types, q8_0 and q4_0 as well. The model runs over a text twice. Stock llama.cpp runs the file as
     before.
     """
     if in_place and output:
@@ -84,7 +85,7 @@ def calibrate(
         text=text,
         tokens=tokens,
         seed=seed,
-        threads=threads,
+        placement=placement,
         force=force,
         console=console,
     )

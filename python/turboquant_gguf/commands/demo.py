@@ -34,7 +34,7 @@ Examples:
 @click.option("--context", type=click.IntRange(min=256), default=4096, help="Tokens the cache is made for.")
 @click.option("--max-tokens", type=click.IntRange(min=1), default=96, help="Longest answer, in tokens.")
 @options.window
-@options.threads
+@options.placement
 @click.option(
     "--port",
     type=click.IntRange(0, 65535),

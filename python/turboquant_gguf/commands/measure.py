@@ -106,7 +106,7 @@ def command(kind: type[Kind]) -> click.Command:
     for add in (
         options.types(kind.default_types, f"{options.APART} What they are compared with is always measured."),
         options.window,
-        options.threads,
+        options.placement,
         _results,
         options.cluster,
         options.plot_file("what was measured"),

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 
 from ..core import callbacks
 from ..core.units import parse_size
 from ..llamacpp import cachetypes, recentwindow
+from ..llamacpp.placement import CPU
 from ..report import plots
 from ..weights import remotecode
 
@@ -80,7 +83,35 @@ def json(what: str) -> Callable:
     return click.option("--json", "as_json", is_flag=True, help=f"Print {what} as JSON; all else goes to stderr.")
 
 
-threads = click.option("--threads", type=click.IntRange(min=1), help="CPU threads [default: llama.cpp's choice]")
+def placement(command: Callable) -> Callable:
+    """The options --threads, --gpu-layers and --no-kv-offload, as the argument `placement`."""
+    threads = _placed("threads", type=click.IntRange(min=1), help="CPU threads [default: llama.cpp's choice]")
+    kv_offload = _placed(
+        "kv_offload",
+        "--no-kv-offload",
+        flag_value=False,
+        default=None,
+        help="With --gpu-layers: the cache stays in the CPU's memory, and attention with it.",
+    )
+    gpu_layers = _placed(
+        "gpu_layers",
+        type=click.IntRange(min=0),
+        metavar="N",
+        help="Compute N layers of the model on GPUs, and keep their caches there; 99 is more than most models have. "
+        "[default: 0, the CPU does all]",
+    )
+    return threads(gpu_layers(kv_offload(command)))
+
+
+def _placed(field: str, *names: str, **more: Any) -> Callable:
+    """An option that sets a field of the argument `placement`."""
+    names = names or (f"--{field.replace('_', '-')}",)
+    return click.option(*names, callback=partial(_place, field), expose_value=False, **more)
+
+
+def _place(field: str, context: click.Context, _parameter: click.Parameter, value: Any) -> None:
+    before = context.params.get("placement", CPU)
+    context.params["placement"] = before if value is None else replace(before, **{field: value})
 
 
 def plot_file(what: str) -> Callable:

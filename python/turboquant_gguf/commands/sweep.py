@@ -15,6 +15,7 @@ from ..core import callbacks, messages
 from ..kinds import KINDS
 from ..kinds.base import names_to_measure
 from ..kinds.quality import Quality
+from ..llamacpp.placement import Placement
 from ..measure import sweep as library
 from . import options
 from .measure import distinct, end, parameters
@@ -46,7 +47,7 @@ def command() -> click.Command:
     made.params = [*sweep.params, *parameters(theirs)]
     *first, last = (f"{KINDS[name].title.lower()} (as {KINDS[name].command} does)" for name in names_to_measure())
     made.help = made.help.replace("WHATEVER", f"{', '.join(first)} and {last}" if first else last)
-    return distinct(options.json("what was done")(options.cluster(options.threads(made))))
+    return distinct(options.json("what was done")(options.cluster(options.placement(made))))
 
 
 @click.command(epilog=EPILOG, short_help="Measure all there is of cache types, into one file that grows.")
@@ -76,7 +77,7 @@ def sweep(
     results: Path,
     types: list[str],
     measure: tuple[str, ...],
-    threads: int | None,
+    placement: Placement,
     cluster: str | None,
     as_json: bool,
     **settings: Any,
@@ -95,7 +96,7 @@ def sweep(
         required = [own[one.parameter] for one in kind.options if one.sweep and one.more.get("required")]
         if kind.name in measure or (not kind.in_sweep and required and all(required)):
             kinds[kind.name] = own
-    common = {"types": types, "threads": threads, "results": results, "cluster": cluster}
+    common = {"types": types, "placement": placement, "results": results, "cluster": cluster}
     outcome = library.sweep(models, kinds, **common, console=console)
     if as_json:
         click.echo(json.dumps(outcome.as_json(), indent=2))

@@ -47,7 +47,7 @@ Examples:
 )
 @options.trust_remote_code
 @options.window
-@options.threads
+@options.placement
 @options.json("the figures")
 @click.pass_context
 def verify(context: click.Context, a: Path, b: Path, max_kl: float, as_json: bool, **settings: Any) -> None:

@@ -18,6 +18,7 @@ from ..core.tables import HeatMap, Table
 from ..errors import TurboquantError
 from ..llamacpp import provenance
 from ..llamacpp.cachetypes import F16, CacheTypes
+from ..llamacpp.placement import Placement
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -86,7 +87,7 @@ class Work:
     model: Path
     facts: Mapping[str, Any]
     types: Types
-    threads: int | None
+    placement: Placement
     sweep: bool
 
 
@@ -130,7 +131,7 @@ class Kind(ABC):
     """A kind of measurement, and as an instance a piece of work of it.
 
     parts: which cache types to measure in each part (a chunk of a text, a round, a trial), by the part's number.
-    facts: provenance.model of the model, whose fingerprint must be the same everywhere.
+    facts: provenance.model of the model, whose fingerprint must be the same everywhere. placement: where it computes.
 
     A subclass is a frozen dataclass, too; its own fields, plain values, follow these four. `register` checks the rest.
     """
@@ -167,7 +168,7 @@ class Kind(ABC):
 
     model: Path
     facts: Mapping[str, Any]
-    threads: int | None
+    placement: Placement
     parts: Mapping[int, Types]
 
     #
@@ -187,7 +188,7 @@ class Kind(ABC):
     @classmethod
     @abstractmethod
     def plan(cls, work: Work, **options: Any) -> Iterator[Self]:
-        """The pieces of work for a model: `cls(work.model, work.facts, work.threads, parts, ...)`, and its own fields.
+        """The pieces of work for a model: `cls(work.model, work.facts, work.placement, parts, ...)`, and its fields.
 
         work.types: to be measured, the reference among them. options: as `prepare` returns them; all need defaults but
         those that `prepare` sets, or that `sweep` has. Raises TurboquantError if it cannot be measured.
@@ -198,8 +199,8 @@ class Kind(ABC):
     def settings(self) -> dict[str, Any]:
         """What the rows depend on besides the model and the cache types, as JSON can hold it.
 
-        "build" must be among it: provenance.build(). Rows of other settings are other findings, and rows of the same
-        are not measured again.
+        "build" must be among it, which is provenance.build(), and what `Placement.settings` returns. Rows of other
+        settings are other findings, and rows of the same are not measured again.
         """
 
     @property

@@ -87,7 +87,7 @@ class Quality(Kind):
     """Scores of caches, a part for each chunk of a text; a row is Scores as they lie in memory.
 
     base: types of the cache that all are compared with. context: tokens in a chunk. decode: the second half is read
-    token by token, not in batches. positions: of a chunk's first token. threads and gpu_layers are those of logits.py.
+    token by token, not in batches. positions: of a chunk's first token.
     """
 
     name = "quality"
@@ -174,20 +174,12 @@ class Quality(Kind):
             "then not the first of a context, and a recent window does not keep them.",
         ),
         option("--decode", is_flag=True, help="Read the second half of each chunk token by token, as answers are."),
-        option(
-            "--gpu-layers",
-            type=click.IntRange(min=0),
-            default=0,
-            show_default=True,
-            help="Layers of the model on a GPU.",
-        ),
     )
 
     text: Text
     base: CacheTypes
     context: int
     decode: bool = False
-    gpu_layers: int = 0
     positions: int = 0
 
     #
@@ -216,7 +208,7 @@ class Quality(Kind):
         from ..llamacpp.ggufile import GGUFModel
         from ..llamacpp.logits import Model
 
-        piece = cls(work.model, work.facts, work.threads, {}, text, base, context, **options)
+        piece = cls(work.model, work.facts, work.placement, {}, text, base, context, **options)
         if piece.positions:
             with GGUFModel(work.model) as file:
                 learned = file.learned_positions
@@ -231,22 +223,21 @@ class Quality(Kind):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All but threads, which change nothing."""
         return {
             "text": self.text.name,
             "text_sha256": self.text.sha256,
             "base": str(self.base),
             "context": self.context,
             "decode": self.decode,
-            "gpu_layers": self.gpu_layers,
             "build": provenance.build(),
+            **self.placement.settings(),
             **({"positions": self.positions} if self.positions else {}),  # rows of older versions have none
         }
 
     def measure(self, step: Step) -> Iterator[Row]:
         from ..llamacpp.logits import Model
 
-        with Model(self.model, gpu_layers=self.gpu_layers) as model:
+        with Model(self.model, self.placement) as model:
             cut = self.cut(model)
             for done, (number, types) in enumerate(self.parts.items()):
                 step(f"chunk {number + 1}", done / len(self.parts))
@@ -284,7 +275,7 @@ class Quality(Kind):
 
         first, last = self.context // 2, self.context - 1
         starts = [*range(0, first, UBATCH), *range(first, last)] if self.decode else range(0, self.context, UBATCH)
-        with model.open(self.context, types, threads=self.threads) as context:
+        with model.open(self.context, types) as context:
             context.facts  # noqa: B018 - raises unless the cache is what was asked for
             for begin, end in pairwise((*starts, last if self.decode else self.context)):
                 outputs = max(0, end - max(begin, first))
@@ -330,7 +321,6 @@ class Quality(Kind):
             f"{tables.count(finding.parts, 'chunk')} of {settings['context']} tokens",
             "token by token" if settings["decode"] else "in batches",
             *([f"at positions from {settings['positions']} on"] if settings.get("positions") else []),
-            *([f"{tables.count(settings['gpu_layers'], 'layer')} on a GPU"] if settings.get("gpu_layers") else []),
         ]
 
     @classmethod

@@ -201,13 +201,13 @@ class Retrieval(Kind):
         parts = dict.fromkeys(range(trials), work.types)
         for length in sorted(set(lengths)):
             if length <= (trained or length):
-                yield cls(work.model, work.facts, work.threads, parts, length, tuple(depths), text, seed)
+                yield cls(work.model, work.facts, work.placement, parts, length, tuple(depths), text, seed)
 
     @property
     def settings(self) -> dict[str, Any]:
         asked = {"length": self.length, "depths": list(self.depths), "seed": self.seed}
         text = {"text": self.text.name, "text_sha256": self.text.sha256} if self.text else {"text": None}
-        return asked | text | {"build": provenance.build()}
+        return asked | text | self.placement.settings() | {"build": provenance.build()}
 
     def measure(self, step: Step) -> Iterator[Row | Failure]:
         from ..llamacpp import server
@@ -219,7 +219,7 @@ class Retrieval(Kind):
             step(f"{types}  loading the model", done / asked)
             try:
                 with server.running(
-                    self.model, types, context=context, threads=self.threads, extra_args=SERVER_ARGUMENTS
+                    self.model, types, context=context, placement=self.placement, extra_args=SERVER_ARGUMENTS
                 ) as running:
                     if not prompts:
                         step("writing the prompts", 0)

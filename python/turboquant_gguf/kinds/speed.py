@@ -131,11 +131,12 @@ class Speed(Kind):
     ) -> Iterator[Self]:
         rounds = dict.fromkeys(range(repetitions), work.types)
         sizes = (tuple(sorted(set(depths))), prefill, decode)
-        yield cls(work.model, work.facts, work.threads, rounds, *sizes, baseline and baseline.absolute())
+        yield cls(work.model, work.facts, work.placement, rounds, *sizes, baseline and baseline.absolute())
 
     @property
     def settings(self) -> dict[str, Any]:
-        asked = {"depths": list(self.depths), "prefill": self.prefill, "decode": self.decode, "threads": self.threads}
+        asked = {"depths": list(self.depths), "prefill": self.prefill, "decode": self.decode}
+        asked |= {"threads": self.placement.threads} | self.placement.settings()
         return asked | {"baseline": self.baseline and str(self.baseline), "build": provenance.build()}
 
     def measure(self, step: Step) -> Iterator[Row | Failure]:
@@ -144,7 +145,7 @@ class Speed(Kind):
 
         tool = llamabench.tool(None)
         common = ("-m", self.model, "-p", str(self.prefill), "-n", str(self.decode))
-        common += ("-t", str(self.threads)) if self.threads else ()
+        common += tuple(self.placement.bench_arguments())
         fails_from: dict[CacheTypes | None, int] = {}  # depths at which these types failed once are not tried again
         # Time goes with the tokens that are processed: the context once, the prefill twice (to warm up), and decoding.
         tokens = {depth: depth + 2 * self.prefill + 8 * self.decode for depth in self.depths}

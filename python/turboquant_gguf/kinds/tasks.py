@@ -193,12 +193,13 @@ class Tasks(Kind):
             with GGUFModel(work.model) as file:
                 chat = "tokenizer.chat_template" in file.metadata
         for task in tasks:
-            yield cls(work.model, work.facts, work.threads, {0: work.types}, task, task_folder, chat=chat, **options)
+            yield cls(work.model, work.facts, work.placement, {0: work.types}, task, task_folder, chat=chat, **options)
 
     @property
     def settings(self) -> dict[str, Any]:
         names = ("task", "limit", "num_fewshot", "chat", "context", "parallel", "max_tokens", "seed")
-        return {name: getattr(self, name) for name in names} | {"build": provenance.build()}
+        asked = {name: getattr(self, name) for name in names}
+        return asked | self.placement.settings() | {"build": provenance.build()}
 
     @property
     def label(self) -> str:
@@ -246,7 +247,7 @@ class Tasks(Kind):
         size = self.context * self.parallel
         names = ("chat", "limit", "num_fewshot", "max_tokens", "parallel", "seed")
         how = {name: getattr(self, name) for name in names}
-        with server.running(self.model, types, context=size, threads=self.threads, extra_args=extra) as running:
+        with server.running(self.model, types, context=size, placement=self.placement, extra_args=extra) as running:
             try:
                 return loaded.run(running.url, on_answer=on_answer, **how)
             except ConnectionError as error:

@@ -19,6 +19,7 @@ from ..core.signals import deferred
 from ..errors import TurboquantError
 from . import bindings, cachefacts, ggml
 from .cachetypes import CacheTypes
+from .placement import CPU, Placement
 from .recentwindow import RecentWindow, set_next
 from .toolerrors import check_model_file, tool_error
 
@@ -32,16 +33,21 @@ UBATCH = 512
 class Model(Owner):
     """The weights and the vocabulary of a GGUF. A context manager: it owns memory.
 
-    gpu_layers: how many of its layers go to a GPU, where this build of llama.cpp knows one. vocabulary_only: no
-    weights. Raises TurboquantError if it cannot be loaded.
+    placement: of its layers, and of what its contexts compute. vocabulary_only: no weights. Raises TurboquantError if
+    it cannot be loaded.
     """
 
-    def __init__(self, path: Path, *, gpu_layers: int = 0, vocabulary_only: bool = False) -> None:
+    def __init__(self, path: Path, placement: Placement = CPU, *, vocabulary_only: bool = False) -> None:
         check_model_file(path)
+        placement.require()
+        self.placement = placement
         self.bindings = llama = bindings.load()
         ggml.load_backends()
         params = llama.llama_model_default_params()
-        params.n_gpu_layers = gpu_layers
+        params.n_gpu_layers = placement.gpu_layers
+        no_devices = (ctypes.c_void_p * 1)()
+        if not placement.gpu_layers:
+            params.devices = ctypes.addressof(no_devices)
         params.vocab_only = vocabulary_only
         with deferred(), ExitStack() as owned:  # a signal in the middle of libllama's log would be lost
             self.log = owned.enter_context(_captured_log(llama))
@@ -88,8 +94,8 @@ class Context(Owner):
 
     length: the most tokens it holds. types: of the cache. recent_window: None is what the environment says. observer:
     a turbo_observer (turbo-observer.h) that is to see attention; it needs all tokens at once, and flash attention.
-    threads: of the CPU; None: its cores, by llama.cpp's rule of thumb. Raises TurboquantError if llama.cpp does not
-    take this.
+    Threads are those of the model's placement, or the CPU's cores, by llama.cpp's rule of thumb. Raises TurboquantError
+    if llama.cpp does not take this.
     """
 
     def __init__(
@@ -100,7 +106,6 @@ class Context(Owner):
         *,
         recent_window: RecentWindow | None = None,
         observer: int | None = None,
-        threads: int | None = None,
     ) -> None:
         self.bindings = llama = model.bindings
         self.vocabulary_size = model.vocabulary_size
@@ -108,7 +113,8 @@ class Context(Owner):
         params = llama.llama_context_default_params()
         params.n_ctx = params.n_batch = length
         params.n_ubatch = length if observer else min(length, UBATCH)
-        params.n_threads = params.n_threads_batch = threads or _cores()
+        params.n_threads = params.n_threads_batch = model.placement.threads or _cores()
+        params.offload_kqv = model.placement.kv_offload
         params.type_k, params.type_v = ggml.type_number(types.k), ggml.type_number(types.v)
         # Flash attention rounds queries and sums; without it a float32 cache is exact. Quantized values need it.
         exact = types == EXACT and not observer

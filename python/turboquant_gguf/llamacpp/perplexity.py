@@ -11,6 +11,7 @@ from pathlib import Path
 from ..core import child
 from . import cachefacts, native
 from .cachetypes import CacheTypes
+from .placement import CPU, Placement
 from .toolerrors import check_model_file, tool_error
 
 CHUNK_TOKENS = 512
@@ -29,19 +30,19 @@ def measure(
     types: CacheTypes,
     text: Path,
     *,
-    threads: int | None = None,
+    placement: Placement = CPU,
     on_chunk: Callable[[int, int], None] | None = None,
 ) -> Perplexity:
     """The perplexity of `text` (a UTF-8 file of at least 1,024 tokens), read in chunks of 512 tokens.
 
-    threads: of the CPU. on_chunk: called with (chunks done, chunks in all). Raises TurboquantError if the tool fails,
-    or if its cache has other types than `types`.
+    placement: where it computes. on_chunk: called with (chunks done, chunks in all). Raises TurboquantError if the tool
+    fails, or if its cache has other types than `types`.
     """
     check_model_file(model)
     command = [
         native.tool_path("llama-perplexity"), "--model", model, "--file", text, "--ctx-size", str(CHUNK_TOKENS),
         "--batch-size", str(CHUNK_TOKENS), "--cache-type-k", types.k, "--cache-type-v", types.v,
-        *(("--threads", str(threads)) if threads else ()), *cachefacts.LOG_ARGUMENTS,
+        *placement.arguments(), *cachefacts.LOG_ARGUMENTS,
     ]  # fmt: skip
     log = ""
     with child.running(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:

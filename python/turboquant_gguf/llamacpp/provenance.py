@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ..core import filehash, texts
-from . import ggml, recentwindow
+from . import ggml, placement, recentwindow
 from .ggufile import GGUFModel
 
 _ROTATION = "LLAMA_ATTN_ROT_DISABLE"  # llama.cpp's own
@@ -100,13 +100,10 @@ def _sources() -> str:
 
 @cache
 def machine() -> dict:
-    """The devices that llama.cpp computes on, the CPU's instruction set, its logical CPUs, and the operating system."""
-    ggml.load_backends()
-    count = ggml.function("ggml_backend_dev_count")()
-    devices = [ggml.function("ggml_backend_dev_get")(number) for number in range(count)]
-    names = [ggml.function("ggml_backend_dev_description")(device).decode() for device in devices]
+    """The devices that llama.cpp computes on, the GPUs among them, the CPU's instruction set and logical CPUs, the system."""
     return {
-        "devices": names,
+        "devices": placement.devices(),
+        "gpus": placement.devices(placement.GPUS),
         "instruction_set": ggml.function("turbo_cpu_simd")().decode(),
         "logical_cpus": os.cpu_count(),
         "system": platform.platform(),

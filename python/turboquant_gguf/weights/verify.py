@@ -18,6 +18,7 @@ from ..errors import TurboquantError
 from ..llamacpp.cachetypes import CacheTypes
 from ..llamacpp.ggufile import GGUFModel
 from ..llamacpp.logits import EXACT, Model
+from ..llamacpp.placement import CPU, Placement
 from . import checkpoint, remotecode
 
 DEFAULT_TOKENS = 256
@@ -51,15 +52,15 @@ def verify(
     text: Path | None = None,
     tokens: int = DEFAULT_TOKENS,
     types: str = str(EXACT),
-    threads: int | None = None,
+    placement: Placement = CPU,
     trust_remote_code: bool = False,
     console: Console,
 ) -> Comparison:
     """Compare two models, each a GGUF or the folder of a Hugging Face checkpoint; at least one must be a GGUF.
 
     text: a UTF-8 file to read; None takes a bundled one. tokens: how many of it. types: cache types of the GGUFs, f32
-    to round nothing. threads: of the CPU. trust_remote_code: run Python files of a folder where transformers needs
-    them. A GGUF is run by libllama, a folder by transformers in float32. Raises TurboquantError.
+    to round nothing. placement: where they are computed. trust_remote_code: run Python files of a folder where
+    transformers needs them. A GGUF is run by libllama, a folder by transformers in float32. Raises TurboquantError.
     """
     gguf = next((path for path in (a, b) if not path.is_dir()), None)
     if gguf is None:
@@ -75,7 +76,7 @@ def verify(
             if path.is_dir():
                 found.append(run_checkpoint(path, prompt, trust_remote_code=trust_remote_code, console=console))
             else:
-                found.append(run_gguf(path, prompt, cache, threads))
+                found.append(run_gguf(path, prompt, cache, placement))
     return compare(*found)
 
 
@@ -131,9 +132,9 @@ def compare(a: NDArray[np.float32], b: NDArray[np.float32]) -> Comparison:
     )
 
 
-def run_gguf(path: Path, prompt: Sequence[int], types: CacheTypes, threads: int | None = None) -> NDArray[np.float32]:
+def run_gguf(path: Path, prompt: Sequence[int], types: CacheTypes, placement: Placement = CPU) -> NDArray[np.float32]:
     """Logits of a GGUF by libllama, with a KV cache of `types`: float32 (tokens, vocabulary)."""
-    with Model(path) as model, model.open(len(prompt), types, threads=threads) as context:
+    with Model(path, placement) as model, model.open(len(prompt), types) as context:
         return context.logits(prompt)
 
 
