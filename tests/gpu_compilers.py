@@ -49,7 +49,7 @@ def clang() -> str:
     """A clang++ that compiles the emulator. Skips the test if there is none."""
     for name in ("clang++-19", "clang++"):
         if path := shutil.which(name):
-            version = re.search(r"version (\d+)", _run([path, "--version"]))
+            version = re.search(r"version (\d+)", run([path, "--version"]))
             if version and int(version[1]) >= 16:
                 return path
     pytest.skip(f"needs clang 16 or later (Debian: {DEBIAN_PACKAGES})")
@@ -63,7 +63,7 @@ def nvcc() -> str:
     pytest.skip(f"needs nvcc, of the CUDA toolkit or of PyPI ({PYPI_PACKAGES})")
 
 
-def _run(command: list) -> str:
+def run(command: list) -> str:
     """What a compiler writes; the test fails with it if the compiler does."""
     words = [str(word) for word in command]
     done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
@@ -75,16 +75,16 @@ def build_emulator(folder: Path) -> None:
     """Compiles tests/simt into a folder, for `emulate`."""
     for name in ("core", "accesses"):
         flags = ["-std=c++20", "-O2", "-g", "-Wall", "-Wextra", "-Werror"]
-        _run([clang(), *flags, "-c", SIMT / f"{name}.cpp", "-o", folder / f"{name}.o"])
+        run([clang(), *flags, "-c", SIMT / f"{name}.cpp", "-o", folder / f"{name}.o"])
 
 
 def emulate(folder: Path, name: str, source: Path, *flags: str, checked: bool = False) -> Path:
     """The program of a source that launches kernels, linked with the emulator in `folder` and the installed ggml."""
     compiled = folder / f"{name}.o"
-    _run([clang(), *flags, *EMULATED, *(CHECKED if checked else UNCHECKED), "-c", source, "-o", compiled])
+    run([clang(), *flags, *EMULATED, *(CHECKED if checked else UNCHECKED), "-c", source, "-o", compiled])
     objects = [compiled, folder / "core.o", *([folder / "accesses.o"] if checked else [])]
     libraries = [f"-L{INSTALLED / 'lib'}", f"-Wl,-rpath,{INSTALLED / 'lib'}", "-lggml-base"]
-    _run([clang(), *objects, *libraries, "-o", folder / name])
+    run([clang(), *objects, *libraries, "-o", folder / name])
     return folder / name
 
 
@@ -119,7 +119,7 @@ def compile_nvidia(
     """Compile as llama.cpp does, with our flags at the end; returns what each kernel takes."""
     wanted = [f"-gencode=arch=compute_{sm[3:]},code={sm}" for sm in architectures]
     warn = [word for flag in ("-Wall", "-Wextra", "-Wno-unused-function") for word in ("-Xcompiler", flag)]
-    text = _run(
+    text = run(
         [
             nvcc(),
             *FAST,
@@ -152,13 +152,13 @@ def compile_nvidia(
 
 def ptx(grafted: Path, source: Path, output: Path, *flags: str) -> str:
     """NVIDIA's intermediate code, in which every operation has its rounding in its name."""
-    _run([nvcc(), *FAST, "-arch=sm_75", *_headers(grafted), *flags, "-ptx", source, "-o", output])
+    run([nvcc(), *FAST, "-arch=sm_75", *_headers(grafted), *flags, "-ptx", source, "-o", output])
     return output.read_text()
 
 
 def cubin(grafted: Path, source: Path, output: Path, architecture: str, *flags: str) -> None:
     """Compile for one architecture, to what nvdisasm reads."""
-    _run([nvcc(), *FAST, f"-arch={architecture}", *_headers(grafted), *flags, "-cubin", source, "-o", output])
+    run([nvcc(), *FAST, f"-arch={architecture}", *_headers(grafted), *flags, "-cubin", source, "-o", output])
 
 
 MISSING = """#include <stdio.h>
@@ -226,7 +226,7 @@ def emulated_device(grafted: Path, folder: Path, kernels: str) -> Path:
         ],
     ]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(_run, commands))
+        list(pool.map(run, commands))
     objects = [
         folder / f"{name}.o" for name in ("ggml-cuda", "units", "core", "cuda_runtime", "cuda_device", "cuda_backend")
     ]
@@ -241,12 +241,12 @@ def emulated_device(grafted: Path, folder: Path, kernels: str) -> Path:
         f"-Wl,-rpath,{INSTALLED / 'lib'}",
         "-lggml-base",
     ]
-    _run(link)
+    run(link)
     # The operators of llama.cpp, and cuBLAS: the device never takes them, but a library is loaded with all it names.
-    wanted = re.findall(r"^ +U (\w+)$", _run(["nm", "-D", "--undefined-only", library]), re.MULTILINE)
+    wanted = re.findall(r"^ +U (\w+)$", run(["nm", "-D", "--undefined-only", library]), re.MULTILINE)
     present = set(
         re.findall(
-            r" \w (\w+)$", _run(["nm", "-D", "--defined-only", INSTALLED / "lib" / "libggml-base.so"]), re.MULTILINE
+            r" \w (\w+)$", run(["nm", "-D", "--defined-only", INSTALLED / "lib" / "libggml-base.so"]), re.MULTILINE
         )
     )
     missing = folder / "missing.c"
@@ -257,8 +257,8 @@ def emulated_device(grafted: Path, folder: Path, kernels: str) -> Path:
             for i, name in enumerate(name for name in wanted if name not in present)
         )
     )
-    _run([clang(), "-x", "c", "-fPIC", "-c", missing, "-o", folder / "missing.o"])
-    _run([*link, folder / "missing.o"])
+    run([clang(), "-x", "c", "-fPIC", "-c", missing, "-o", folder / "missing.o"])
+    run([*link, folder / "missing.o"])
     return library
 
 
@@ -272,7 +272,7 @@ def compile_amd(grafted: Path, source: Path, output: Path, architecture: str, *f
     version = output.with_suffix(".ll")
     version.write_text(f"@__oclc_ISA_version = linkonce_odr protected addrspace(4) constant i32 {number}, align 4\n")
     bitcode = output.with_suffix(".bc")
-    _run(
+    run(
         [compiler, "-target", "amdgcn-amd-amdhsa", "-nogpulib", "-x", "ir", "-c", "-emit-llvm", version, "-o", bitcode]
     )
     libraries = [
@@ -291,7 +291,7 @@ def compile_amd(grafted: Path, source: Path, output: Path, architecture: str, *f
         ),
     ]
     linked = [word for library in libraries for word in ("-Xclang", "-mlink-builtin-bitcode", "-Xclang", library)]
-    text = _run(
+    text = run(
         [
             compiler,
             "-Wall",

@@ -13,15 +13,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 
+import device_sequences
 import tiny_model
-import vulkan_sequences
 from checkpoints import random_calibration
 from turboquant_gguf.llamacpp.cachetypes import CacheTypes
 from turboquant_gguf.llamacpp.logits import EXACT
-from turboquant_gguf.weights.verify import compare
 
 ROOT = Path(__file__).parent.parent
 DRIVERS = "/usr/share/vulkan/icd.d"
@@ -33,10 +31,6 @@ NEEDED = {  # what a package of Debian 12 brings
 }
 
 TURBO4, MIXED = CacheTypes.parse("turbo4"), CacheTypes.parse("turbo3:turbo2")
-BOUND = 1.5
-"""How far logits may be from those of a cache of float32, as multiples of the CPU's. The CPU rounds queries to 8 bits and a
-device does not: values of the next layer's cache move to neighbouring codes, and a cache of few bits makes much of it. So
-the two are no nearer to each other than each is to float32."""
 
 
 def build(folder: Path, shaders: Path) -> Path:
@@ -73,6 +67,7 @@ def device(library: Path, build_folder: Path) -> dict[str, str]:
     """Variables that give a process the device Vulkan0."""
     return {
         "GGML_BACKEND_PATH": str(library),
+        "TEST_DEVICE": "Vulkan0",
         "VK_ICD_FILENAMES": str(next(Path(DRIVERS).glob("lvp_icd*.json"))),
         "GGML_VK_VISIBLE_DEVICES": "0",  # a device that is a CPU must be asked for
         "GALLIVM_PERF": "nopt",  # seconds a pipeline, not minutes
@@ -82,7 +77,7 @@ def device(library: Path, build_folder: Path) -> dict[str, str]:
 
 
 def run_operators(device: dict[str, str], *options: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", Path(__file__).with_name("vulkan_operators.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", Path(__file__).with_name("device_operators.py")]
     return subprocess.run([*command, *options], env=os.environ | device, capture_output=True, text=True, cwd=ROOT, check=False)
 
 
@@ -122,52 +117,31 @@ def calibrated(plain: Path) -> Path:
     return random_calibration(plain, plain.with_name("calibrated.gguf"))
 
 
-def error(exact: list[np.ndarray], found: list[np.ndarray]) -> float:
-    assert all(np.isfinite(x).all() for x in found)
-    return compare(np.concatenate(exact), np.concatenate(found)).relative_error
-
-
-def require_as_exact(path: Path, expected: list[np.ndarray], found: list[np.ndarray], do: Callable) -> None:
-    """The device is about as near to a cache of float32 as the CPU is."""
-    exact, _ = vulkan_sequences.run(path, EXACT, 0, do, (), {})
-    errors = [error(exact, logits) for logits in (expected, found)]
-    assert errors[1] < BOUND * errors[0], errors
-
-
-def both(device: dict[str, str], path: Path, types: CacheTypes, gpu_layers: int = 99, **options: object) -> str:
-    """Requires of the device what the CPU does; gives the device's log."""
-    do = vulkan_sequences.everything
-    expected, _ = vulkan_sequences.run(path, types, 0, do, (), options)
-    found, log = vulkan_sequences.on_device(device, path, types, gpu_layers, do, (), options)
-    require_as_exact(path, expected, found, do)
-    return log
-
-
 @pytest.mark.parametrize("types, window, unified", [(TURBO4, 32, True), (MIXED, 32, False), (MIXED, 0, True)], ids=str)
 def test_all_that_happens_to_sequences(device, plain: Path, types: CacheTypes, window: int, unified: bool):
-    log = both(device, plain, types, window=window, unified=unified)
+    log = device_sequences.both(device, plain, types, window=window, unified=unified)
     assert "Vulkan0 KV buffer size" in log
     assert ("recent window: the last 32" in log) == bool(window) and "no recent window" not in log
 
 
 def test_calibrated_keys(device, calibrated: Path):
-    log = both(device, calibrated, TURBO4, window=32)
+    log = device_sequences.both(device, calibrated, TURBO4, window=32)
     assert "centred in 2 of them, by position" in log and "not centred" not in log
 
 
 def test_centres_that_turn_change_nothing(device, plain: Path, calibrated: Path, monkeypatch: pytest.MonkeyPatch):
     """In a cache of float32, on a device."""
     monkeypatch.setenv("TURBO_CALIBRATION", "force")
-    do, options = vulkan_sequences.everything, dict(flash="enabled")
-    expected, _ = vulkan_sequences.run(plain, EXACT, 0, do, (), dict(flash="disabled"))
-    found, _ = vulkan_sequences.on_device(device, calibrated, EXACT, 99, do, (), options)
-    assert error(expected, found) < 1e-3
+    do, options = device_sequences.everything, dict(flash="enabled")
+    expected, _ = device_sequences.run(plain, EXACT, 0, do, (), dict(flash="disabled"))
+    found, _ = device_sequences.on_device(device, calibrated, EXACT, 99, do, (), options)
+    assert device_sequences.error(expected, found) < 1e-3
 
 
 @pytest.mark.parametrize("gpu_layers, options", [(2, {}), (99, {"offload_kqv": False})])
 def test_layers_on_both(device, calibrated: Path, gpu_layers: int, options: dict):
     """Each layer's cache and ring lie where the layer does, or all of them with the CPU."""
-    log = both(device, calibrated, TURBO4, gpu_layers, window=32, **options)
+    log = device_sequences.both(device, calibrated, TURBO4, gpu_layers, window=32, **options)
     assert set(re.findall(r"(\w+) KV buffer size", log)) == ({"CPU"} if options else {"CPU", "Vulkan0"})
     assert "recent window: the last 32" in log and "no recent window" not in log
 
@@ -175,11 +149,11 @@ def test_layers_on_both(device, calibrated: Path, gpu_layers: int, options: dict
 @pytest.mark.parametrize("first, second", [(99, 0), (0, 99)])
 def test_a_state_goes_from_a_device_to_the_cpu_and_back(device, plain: Path, first: int, second: int):
     def run(gpu_layers: int, do: Callable, *arguments: object) -> object:
-        where = (vulkan_sequences.on_device, device) if gpu_layers else (vulkan_sequences.run,)
+        where = (device_sequences.on_device, device) if gpu_layers else (device_sequences.run,)
         return where[0](*where[1:], plain, TURBO4, gpu_layers, do, arguments, dict(window=32))[0]
 
-    state, expected = run(first, vulkan_sequences.save)
-    assert error(expected, run(second, vulkan_sequences.restore, state)) < 0.05
+    state, expected = run(first, device_sequences.save)
+    assert device_sequences.error(expected, run(second, device_sequences.restore, state)) < 0.05
 
 
 @pytest.mark.parametrize(

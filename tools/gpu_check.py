@@ -5,8 +5,8 @@
     python3 tools/gpu_check.py --model model.gguf            # with KL divergence against the CPU, and speed by depth
     python3 tools/gpu_check.py --build FOLDER --no-build     # with programs that are there
 
-It needs what docs/gpu.md says for a build; a GPU of NVIDIA's or AMD's; and, where they are installed, it uses
-compute-sanitizer and nvidia-smi. A part that fails is reported, and the next ones run all the same. What was not
+It needs what docs/gpu.md says for a build; a GPU of NVIDIA's or AMD's, or a Mac; and, where they are installed, it uses
+compute-sanitizer, nvidia-smi and Xcode's metal. A part that fails is reported, and the next ones run all the same. What was not
 measured is not in the report.
 """
 
@@ -24,6 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TYPES = ("turbo4", "turbo3", "turbo2")
 BESIDE = ("f16", "q8_0", "q4_0")
+IS_MAC = sys.platform == "darwin"
 PROGRAMS = ("test-backend-ops", "llama-perplexity", "llama-bench")
 
 
@@ -65,16 +66,30 @@ def machine() -> str:
         "GPU": first_line("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"),
         "CUDA": first_line("nvcc", "--version"),
         "ROCm": first_line("hipconfig", "--version"),
+        "Mac": IS_MAC and first_line("sysctl", "-n", "machdep.cpu.brand_string"),
+        "macOS": IS_MAC and first_line("sw_vers", "-productVersion"),
     }
     return "\n".join(f"{name}: {value}" for name, value in facts.items() if value)
 
 
 def build(folder: Path) -> str:
     """Configures and builds the programs for the GPU whose toolkit is here."""
-    backend = "GGML_CUDA" if shutil.which("nvcc") else "GGML_HIP"
+    backend = "GGML_METAL" if IS_MAC else "GGML_CUDA" if shutil.which("nvcc") else "GGML_HIP"
     run("cmake", "-S", ROOT, "-B", folder, "-DCMAKE_BUILD_TYPE=Release", f"-D{backend}=ON")
     run("cmake", "--build", folder, "--parallel", os.cpu_count(), "--target", *PROGRAMS)
     return f"built with {backend}"
+
+
+def check_compiler(folder: Path) -> str:
+    """Our Metal kernels by Apple's compiler, which a program would only meet at run time. Warnings are errors: a library that
+    is compiled at run time takes them for one.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    source = folder / "turbo.metal"
+    run(sys.executable, ROOT / "ggml_turbo" / "metal" / "flatten.py", source)
+    for standard in ("metal3.0", "metal3.1"):
+        run("xcrun", "-sdk", "macosx", "metal", f"-std={standard}", "-Werror", "-c", source, "-o", folder / "turbo.air")
+    return "compiled"
 
 
 def operators(text: str) -> str:
@@ -192,13 +207,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--build", type=Path, default=ROOT / "build" / "gpu", metavar="FOLDER")
     parser.add_argument("--no-build", action="store_true", help="use the programs in FOLDER/bin as they are")
-    parser.add_argument("--device", default=None, help="as llama.cpp calls it; default: CUDA0 or ROCm0")
+    parser.add_argument("--device", default=None, help="as llama.cpp calls it; default: MTL0, CUDA0 or ROCm0")
     parser.add_argument("--model", type=Path, help="a GGUF, for KL divergence and speed")
     parser.add_argument("--depths", default="0,8192,32768", help="tokens in the cache before speed is measured")
     options = parser.parse_args()
-    device = options.device or ("CUDA0" if shutil.which("nvcc") or shutil.which("nvidia-smi") else "ROCm0")
+    has_nvidia = shutil.which("nvcc") or shutil.which("nvidia-smi")
+    device = options.device or ("MTL0" if IS_MAC else "CUDA0" if has_nvidia else "ROCm0")
     programs = options.build / "bin"
     parts: dict[str, Callable[[], str]] = {"machine": machine}
+    if IS_MAC:
+        parts["Apple's compiler"] = lambda: check_compiler(options.build)
     if not options.no_build:
         parts["build"] = lambda: build(options.build)
     parts["operators"] = lambda: check_operators(programs, device)

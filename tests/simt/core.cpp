@@ -476,12 +476,21 @@ unsigned thread_number() {
     return self;
 }
 
+uint64_t live_lanes() {
+    const size_t first = self/group_size*group_size;
+    uint64_t     lanes = 0;
+    for (size_t i = first; i < std::min<size_t>(first + group_size, fibers.size()); ++i) {
+        lanes |= (uint64_t) !fibers[i].done << (i - first);
+    }
+    return lanes;
+}
+
 void set_schedule(schedule how, unsigned seed) {
     order = how;
     random_numbers.seed(seed);
 }
 
-void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()> & f) {
+void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()> & f, bool in_order) {
     handle_faults();
     const unsigned n = block.x*block.y*block.z;
     if (n == 0 || n > 1024 || grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535) {
@@ -499,7 +508,7 @@ void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void
         }
     }
     kernel = &f;
-    first_block = this_block + 1;
+    first_block = in_order ? this_block + 1 : first_block;
     fibers.resize(n);
     current.block_dim = block;
     current.grid_dim  = grid;
@@ -635,15 +644,20 @@ void memory::fill(const void * from) {
     if (bytes) {
         memcpy(begin, from, bytes);
     }
-    for (array & a : arrays) {
-        if (a.pages == pages) {
-            for (byte_state & s : a.states) {
-                s.written = true;
-            }
-        }
-    }
+    written(0, bytes);
     if (!writable) {
         mprotect(pages + page, mapped - 2*page, PROT_READ);
+    }
+}
+
+void memory::written(size_t first, size_t n) {
+    for (array & a : arrays) {
+        if (a.pages == pages && !a.states.empty()) {
+            for (size_t i = first; i < first + n; ++i) {
+                a.states[i]         = {};
+                a.states[i].written = true;
+            }
+        }
     }
 }
 

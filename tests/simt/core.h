@@ -38,7 +38,9 @@ inline constexpr schedule schedules[] = { schedule::ascending, schedule::descend
 void set_schedule(schedule order, unsigned seed = 0);
 
 // Runs `kernel` once for each thread of each block; returns when all are done. shared_bytes: of dynamic shared memory.
-void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()> & kernel);
+// in_order: what launches before this one accessed is before what it does; if not, only what is before the last that was
+// in order, as where a queue runs several at a time: checked accesses then find races between launches.
+void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()> & kernel, bool in_order = true);
 
 // Says on stderr what is wrong, where, and in which thread of which block; ends the process with status 70.
 [[noreturn]] void fail(const char * format, ...) __attribute__((format(printf, 1, 2)));
@@ -50,6 +52,7 @@ struct built_in {
 };
 extern built_in current;    // of the running thread
 unsigned thread_number();   // in its block, x fastest
+uint64_t live_lanes();      // of its group: those that have not ended
 inline constexpr unsigned group_size = 32; // threads of a warp or SIMD group
 
 // ---- meetings ----
@@ -96,6 +99,7 @@ class memory {
     uint8_t * data() const { return begin; }
     size_t    size() const { return bytes; }
     void      fill(const void * from); // the whole of it, from the host
+    void      written(size_t first, size_t n); // the host has written a part, which may now be read
 
   private:
     uint8_t * pages, * begin;

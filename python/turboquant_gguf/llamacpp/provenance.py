@@ -100,7 +100,7 @@ def _sources() -> str:
 
 @cache
 def machine() -> dict:
-    """The devices that llama.cpp computes on, the GPUs among them, the CPU's instruction set and logical CPUs, the system."""
+    """The devices that llama.cpp computes on, the GPUs among them, the CPU's instruction set and number, the system."""
     return {
         "devices": placement.devices(),
         "gpus": placement.devices(placement.GPUS),

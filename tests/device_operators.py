@@ -1,8 +1,10 @@
-"""The operators of the turbo types on a Vulkan device, against the CPU's and against float64. test_vulkan.py runs this.
+"""The operators of the turbo types on a device, against the CPU's and against float64. test_vulkan.py and test_metal.py
+run this; the variable TEST_DEVICE names the device.
 
 In a process of its own: in one that has a device, everything else would use it, too.
 """
 
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +17,7 @@ from turboquant_gguf.codec import attention_numpy
 from turboquant_gguf.codec.attention import Attention, Problem, Window
 from turboquant_gguf.llamacpp import ggml
 
-DEVICE = "Vulkan0"
+DEVICE = os.environ["TEST_DEVICE"]
 
 
 def hostile(rng: np.random.Generator, count: int) -> np.ndarray:

@@ -1,4 +1,6 @@
-"""What happens to sequences whose cache lies on a Vulkan device, in a process that has one. test_vulkan.py runs this."""
+"""What happens to sequences whose cache lies on a device, in a process that has one. test_vulkan.py and test_metal.py run
+this.
+"""
 
 import os
 from collections.abc import Callable, Sequence
@@ -10,8 +12,9 @@ import numpy as np
 
 from sequences import Sequences
 from turboquant_gguf.llamacpp.cachetypes import CacheTypes
-from turboquant_gguf.llamacpp.logits import Model
+from turboquant_gguf.llamacpp.logits import EXACT, Model
 from turboquant_gguf.llamacpp.placement import Placement
+from turboquant_gguf.weights.verify import compare
 
 TOKENS = [3 + token * 37 % 250 for token in range(200)]
 
@@ -64,3 +67,32 @@ def on_device(environment: dict[str, str], *arguments: object) -> tuple[object, 
     """The same in a process of its own, which has these variables: a device stays with the process that loaded it."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_begin, initargs=(environment,)) as process:
         return process.submit(run, *arguments).result()
+
+
+# ---- the device and the CPU ----
+
+BOUND = 1.5
+"""How far logits may be from those of a cache of float32, as multiples of the CPU's. The CPU rounds queries to 8 bits and a
+device does not: values of the next layer's cache move to neighbouring codes, and a cache of few bits makes much of it. So
+the two are no nearer to each other than each is to float32."""
+
+
+def error(exact: list[np.ndarray], found: list[np.ndarray]) -> float:
+    assert all(np.isfinite(x).all() for x in found)
+    return compare(np.concatenate(exact), np.concatenate(found)).relative_error
+
+
+def require_as_exact(path: Path, expected: list[np.ndarray], found: list[np.ndarray], do: Callable) -> None:
+    """The device is about as near to a cache of float32 as the CPU is."""
+    exact, _ = run(path, EXACT, 0, do, (), {})
+    errors = [error(exact, logits) for logits in (expected, found)]
+    assert errors[1] < BOUND * errors[0], errors
+
+
+def both(device: dict[str, str], path: Path, types: CacheTypes, gpu_layers: int = 99, **options: object) -> str:
+    """Requires of the device what the CPU does; gives the device's log."""
+    do = everything
+    expected, _ = run(path, types, 0, do, (), options)
+    found, log = on_device(device, path, types, gpu_layers, do, (), options)
+    require_as_exact(path, expected, found, do)
+    return log

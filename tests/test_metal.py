@@ -1,0 +1,179 @@
+"""The Metal back end without a Mac: llama.cpp's own on Linux, its kernels and ours in the emulator (tests/simt)."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import device_sequences
+import metal_library
+import tiny_model
+from checkpoints import random_calibration
+from gpu_compilers import ROOT
+from metal_library import Kernels
+from turboquant_gguf.llamacpp.cachetypes import CacheTypes
+
+ALL = Kernels(
+    stock=("fa_f16", "fa_vec_f16", "fa_vec_q8_0", "fa_aux", "quantize"),
+    instances=r"[^b]f16_dk64_dv64|q8_0_dk64_dv64|kv_q8_0|_(set|get)_rows_(f32_i64_|f16$|f32$|q8_0)",
+)
+
+
+@pytest.fixture(scope="module")
+def grafted(pristine, tmp_path_factory) -> Path:
+    """llama.cpp's sources with our lines."""
+    import graft
+
+    folder = tmp_path_factory.mktemp("grafted") / "llama.cpp"
+    graft.write(pristine, folder, graft.insert(pristine, graft.load()))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def library(grafted, tmp_path_factory) -> Path:
+    return metal_library.build(grafted, tmp_path_factory.mktemp("metal"), ALL)
+
+
+def run(library: Path, file: str, *options: str) -> subprocess.CompletedProcess:
+    """The tests of a file, by a process that has the device."""
+    # -s: what the emulator says goes with the process, not into pytest's files.
+    pytest_here = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "--noconftest"]
+    command = [*pytest_here, Path(__file__).with_name(file), *options]
+    variables = {"GGML_BACKEND_PATH": str(library), "TEST_DEVICE": "MTL0", "GGML_NO_BACKTRACE": "1"}
+    folders = [str(ROOT / "ggml_turbo" / "graft"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    variables["PYTHONPATH"] = os.pathsep.join(folders)  # as conftest.py has it, which takes seconds
+    return subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, cwd=ROOT, check=False)
+
+
+@pytest.mark.parametrize("file", ["metal_stock.py", "device_operators.py", "metal_operators.py"])
+def test_operators(library, file: str):
+    done = run(library, file)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+
+
+def test_fast_math_changes_no_byte(grafted, library, tmp_path: Path):
+    """Metal compiles like that: what the compiler sees it may fuse and reorder, and infinities it need not know."""
+    fast = metal_library.build(grafted, tmp_path, Kernels(fast=True), beside=library.parent)
+    done = run(fast, "device_operators.py", "-k", "rows or (attention and (turbo3-turbo2 or turbo2-turbo3))")
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+
+
+# Few of them, since every memory access is checked; all kernels have a part.
+CHECKED = "(set_rows and turbo2) or (copied and turbo3) or (window and turbo2-turbo3)"
+
+
+def test_no_access_is_wrong(grafted, library, tmp_path: Path):
+    """No race in a threadgroup, between threadgroups or between kernels, and nothing read that nobody has written."""
+    checked = metal_library.build(grafted, tmp_path, Kernels(checked=True), beside=library.parent)
+    done = run(checked, "device_operators.py", "-k", CHECKED)
+    done = run(checked, "metal_operators.py", "-k", "turbo4 and 37") if done.returncode == 0 else done
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+
+
+BARRIER = "        threadgroup_barrier(mem_flags::mem_threadgroup);\n"
+SIMD_BARRIER = "        simdgroup_barrier(mem_flags::mem_threadgroup);\n"
+
+# What is changed in which file; what the emulator, or a test, must say; and the tests that see it.
+PLANTED = {
+    "a removed barrier of a SIMD group": (
+        ("turbo-encode.metal", SIMD_BARRIER + "    }\n\n    const float scale", "    }\n\n    const float scale"),
+        "race|nothing has written",
+        ("device_operators.py", "set_rows and turbo4"),
+    ),
+    "a removed barrier of a threadgroup": (
+        ("turbo-attention.metal", BARRIER + "\n        // Values", "        // Values"),
+        "race|nothing has written",
+        ("device_operators.py", "attention and turbo3-turbo2"),
+    ),
+    "a removed barrier between kernels": (
+        ("turbo-metal.cpp", "ggml_metal_encoder_memory_barrier(encoder);\n        turbo_combine", "turbo_combine"),
+        "race: reads byte .* which another block wrote",
+        ("device_operators.py", "attention and turbo3-turbo2"),
+    ),
+    "a table that is half there": (
+        ("turbo-block.metal", "s < TURBO_STATES; s += n_threads", "s < TURBO_STATES/2; s += n_threads"),
+        "nothing has written",
+        ("metal_operators.py", "products and turbo4"),
+    ),
+    "a lost code": (
+        ("turbo-encode.metal", "next[o] & 15", "next[o] & 7"),
+        "FAILED .*set_rows",
+        ("device_operators.py", "set_rows and turbo4"),
+    ),
+    "a key that counts twice": (
+        ("turbo-attention.metal", "column < 0 ||", "column <= 0 ||"),
+        "FAILED .*recent_window",
+        ("device_operators.py", "recent_window and turbo2"),
+    ),
+    "values that no query sees": (
+        ("turbo-block.metal", "if (seen >> row & 1) {", "if (seen >> row & 1 || row < TURBO_KEYS) {"),
+        "FAILED .*no_number|accesses byte .* of an array",
+        ("metal_operators.py", "no_number"),
+    ),
+    "a type that is taken and has no kernel": (
+        ("turbo-metal.cpp", "turbo_has_kernel(v->ne[0]) && ", ""),
+        "there is no kernel turbo_attention_m1_c5|FAILED .*refused",
+        ("metal_operators.py", "without_a_kernel"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", PLANTED)
+def test_planted_faults_are_seen(grafted, library, tmp_path: Path, fault: str):
+    changed, said, (file, tests) = PLANTED[fault]
+    kernels = Kernels(checked="FAILED" not in said, changed=changed)
+    done = run(metal_library.build(grafted, tmp_path, kernels, beside=library.parent), file, "-x", "-k", tests)
+    text = done.stdout + done.stderr
+    assert done.returncode in (1, 70) and metal_library.re.search(said, text), text[-4000:]
+
+
+def test_a_fault_in_a_stock_kernel_is_seen(grafted, library, tmp_path: Path):
+    kernels = Kernels(
+        stock=("fa_vec_q8_0", "fa_aux"),
+        instances="q8_0_dk64_dv64",
+        changed=(
+            "fa_vec_common.metal",
+            SIMD_BARRIER + "\n            // online softmax",
+            "\n            // online softmax",
+        ),
+    )
+    done = run(metal_library.build(grafted, tmp_path, kernels, beside=library.parent), "metal_stock.py", "-k", "3-q8_0")
+    assert done.returncode == 1 and "FAILED" in done.stdout, done.stdout[-4000:]
+
+
+def test_address_spaces_do_not_mix(tmp_path: Path):
+    """What the emulator cannot see, since all of its memory is one; and the compiler sees it where it is planted."""
+    assert metal_library.mistakes(tmp_path / "right", Kernels()) == ""
+    changed = ("turbo-block.metal", "uint d, threadgroup const half * codebook", "uint d, device const half * codebook")
+    assert "address space '1'" in metal_library.mistakes(tmp_path / "wrong", Kernels(changed=changed))
+
+
+# ---- a model ----
+
+TURBO4, MIXED = CacheTypes.parse("turbo4"), CacheTypes.parse("turbo3:turbo2")
+
+
+@pytest.fixture(scope="module")
+def device(library) -> dict[str, str]:
+    """Variables that give a process the device MTL0, which takes what is ours and leaves the rest to the CPU."""
+    return {"GGML_BACKEND_PATH": str(library), "SIMT_METAL_ONLY_OURS": "1"}
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model.write(tmp_path_factory.mktemp("models") / "tiny.gguf")
+
+
+def test_all_that_happens_to_sequences(device, plain: Path):
+    log = device_sequences.both(device, plain, TURBO4, window=32)
+    assert "MTL0 KV buffer size" in log
+    assert "recent window: the last 32" in log and "no recent window" not in log
+
+
+def test_calibrated_keys_streams_and_a_layer_on_the_cpu(device, plain: Path):
+    calibrated = random_calibration(plain, plain.with_name("calibrated.gguf"))
+    log = device_sequences.both(device, calibrated, MIXED, 2, window=32, unified=False)
+    assert "centred in 2 of them, by position" in log and "not centred" not in log
+    assert "MTL0 KV buffer size" in log and "CPU KV buffer size" in log and "no recent window" not in log
