@@ -23,7 +23,7 @@ from turboquant_gguf.kinds.runners import llamabench
 from turboquant_gguf.kinds.speed import Speed
 from turboquant_gguf.llamacpp import cachefacts, native
 from turboquant_gguf.llamacpp.cachetypes import F16, CacheTypes
-from turboquant_gguf.llamacpp.placement import Placement
+from turboquant_gguf.llamacpp.placement import CPU, Placement
 from turboquant_gguf.measure import sweep
 from turboquant_gguf.measure.store import Measurement
 from turboquant_gguf.measure.sweep import Outcome
@@ -94,7 +94,7 @@ def test_the_order_turns_around(tiny, monkeypatch):
 
     monkeypatch.setattr(llamabench, "run", run)
     types = tuple(map(CacheTypes.parse, ("f16", "turbo4")))
-    list(Speed(tiny, {}, None, {0: types, 1: types}, (0, 64), 16, 4, None).measure(lambda *_: None))
+    list(Speed(tiny, {}, CPU, {0: types, 1: types}, (0, 64), 16, 4, None).measure(lambda *_: None))
     first = [("0", "f16"), ("0", "turbo4"), ("64", "f16"), ("64", "turbo4")]
     assert asked == [*first, *[first[i] for i in (1, 0, 3, 2)]]
 
@@ -169,7 +169,7 @@ def test_a_type_that_fails_is_tried_once(tiny, monkeypatch):
 
     monkeypatch.setattr(llamabench, "run", run)
     types = tuple(map(CacheTypes.parse, ("f16", "turbo4")))
-    found = list(Speed(tiny, {}, None, {0: types, 1: types}, (0, 64, 128), 16, 4, None).measure(lambda *_: None))
+    found = list(Speed(tiny, {}, CPU, {0: types, 1: types}, (0, 64, 128), 16, 4, None).measure(lambda *_: None))
     assert [one.what for one in found if isinstance(one, Failure)] == ["tiny.gguf, speed, turbo4 at depth 64"]
     assert Counter(asked)["turbo4", "64"] == 1 and not Counter(asked)["turbo4", "128"]
     rows = [json.loads(one.value) for one in found if isinstance(one, Row) and str(one.types) == "turbo4"]
@@ -182,7 +182,7 @@ def test_without_f16_there_is_no_benchmark(tiny, monkeypatch):
 
     monkeypatch.setattr(llamabench, "run", run)
     with pytest.raises(TurboquantError, match="it is damaged"):
-        list(Speed(tiny, {}, None, {0: (F16,)}, (0,), 16, 4, None).measure(lambda *_: None))
+        list(Speed(tiny, {}, CPU, {0: (F16,)}, (0,), 16, 4, None).measure(lambda *_: None))
 
 
 def test_another_cache_than_asked_for_is_an_error(tiny, tmp_path):

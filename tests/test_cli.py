@@ -121,7 +121,7 @@ def test_demo_as_json(smollm2):
 @pytest.mark.parametrize("page, program", [(True, "llama-server"), (False, "llama-cli")])
 def test_demo_ends_by_saying_where_to_chat(page, program, monkeypatch, tmp_path):
     monkeypatch.setattr(provenance, "built", lambda: {"web_page": page})
-    rows = [Measurement(k, k, k, 512, 1, 1, 1.0, 1.0, 1.0, "") for k in ("f16", "turbo3", "turbo2")]
+    rows = [Measurement(k, k, k, 512, 1, 1, 1.0, 1.0, 1.0, "A CPU", "") for k in ("f16", "turbo3", "turbo2")]
     said, command = invitation(tmp_path / "my model.gguf", rows).splitlines()
     assert ("http://127.0.0.1:8080" in said) == page
     model = str(tmp_path / "my model.gguf")
@@ -130,8 +130,8 @@ def test_demo_ends_by_saying_where_to_chat(page, program, monkeypatch, tmp_path)
 
 
 def test_table_fits_80_columns():
-    widest = Measurement("turbo4:turbo3", "turbo4", "turbo3", 131072, 10**11, 1234567, 1234.5, 1234.5, 1.0, "")
-    base = Measurement("f16", "f16", "f16", 131072, 10**12, 123, 1234.5, 12.5, 1.0, "")
+    widest = Measurement("turbo4:turbo3", "turbo4", "turbo3", 131072, 10**11, 1234567, 1234.5, 1234.5, 1.0, "A CPU", "")
+    base = Measurement("f16", "f16", "f16", 131072, 10**12, 123, 1234.5, 12.5, 1.0, "A CPU", "")
     console = Console(width=80)
     with console.capture() as captured:
         console.print(Shown(table([base, widest])))
@@ -142,7 +142,7 @@ def test_table_fits_80_columns():
 
 
 def test_columns_that_do_not_fit_stand_below():
-    base = Measurement("f16", "f16", "f16", 131072, 10**12, 123, 1234.5, 12.5, 1.0, "")
+    base = Measurement("f16", "f16", "f16", 131072, 10**12, 123, 1234.5, 12.5, 1.0, "A CPU", "")
     console = Console(width=60)
     with console.capture() as captured:
         console.print(Shown(table([base])))
@@ -155,7 +155,7 @@ def test_columns_that_do_not_fit_stand_below():
 
 
 def test_table_without_f16_compares_with_nothing():
-    one = Measurement("turbo4", "turbo4", "turbo4", 4096, 2**20, 46_600, 9.0, 20.0, 1.0, "")
+    one = Measurement("turbo4", "turbo4", "turbo4", 4096, 2**20, 46_600, 9.0, 20.0, 1.0, "A CPU", "")
     console = Console(width=80)
     with console.capture() as captured:
         console.print(Shown(table([one])))
