@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import device_sequences
@@ -13,6 +14,7 @@ import tiny_model
 from checkpoints import random_calibration
 from gpu_compilers import ROOT
 from metal_library import Kernels
+from sequences import RefusedError
 from turboquant_gguf.llamacpp.cachetypes import CacheTypes
 
 ALL = Kernels(
@@ -177,3 +179,12 @@ def test_calibrated_keys_streams_and_a_layer_on_the_cpu(device, plain: Path):
     log = device_sequences.both(device, calibrated, MIXED, 2, window=32, unified=False)
     assert "centred in 2 of them, by position" in log and "not centred" not in log
     assert "MTL0 KV buffer size" in log and "CPU KV buffer size" in log and "no recent window" not in log
+
+
+def test_a_device_without_our_kernels_is_refused(device, plain: Path):
+    """A sentence, where llama.cpp would abort; with the cache on the CPU the model runs."""
+    old = device | {"SIMT_METAL_OLD": "1"}
+    with pytest.raises(RefusedError, match="K cache cannot be turbo4 on MTL0, .*, which has no kernels for it"):
+        device_sequences.on_device(old, plain, TURBO4, 99, device_sequences.save, (), {})
+    (_, found), _ = device_sequences.on_device(old, plain, CacheTypes.parse("f16"), 99, device_sequences.save, (), {})
+    assert np.isfinite(found[0]).all()

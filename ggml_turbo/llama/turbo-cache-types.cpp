@@ -8,6 +8,9 @@
 #include "llama-memory-recurrent.h"
 #include "llama-model.h"
 
+#include "ggml-backend.h"
+#include "ggml-cpp.h"
+
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -63,6 +66,27 @@ static bool check_head(const char * what, ggml_type type, uint32_t head_size, ui
     return false;
 }
 
+// Whether a device writes rows of the type into a cache. What a device that says no has in its memory, no other can write:
+// llama.cpp would abort in the first batch.
+static bool writes_rows(ggml_backend_dev_t device, ggml_type type, int64_t n_embd) {
+    ggml_context_ptr ctx(ggml_init({ 4*ggml_tensor_overhead(), nullptr, true }));
+    ggml_tensor * cache = ggml_new_tensor_2d(ctx.get(), type, n_embd, 256);
+    ggml_tensor * rows  = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, n_embd, 1);
+    ggml_tensor * cells = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I64, 1);
+    return ggml_backend_dev_supports_op(device, ggml_set_rows(ctx.get(), cache, rows, cells));
+}
+
+static bool check_device(const char * what, ggml_type type, ggml_backend_dev_t device, int64_t n_embd) {
+    const bool is_split = ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_META; // over devices that say yes for it
+    if (!turbo_is_type(type) || n_embd == 0 || is_split || writes_rows(device, type, n_embd)) {
+        return true;
+    }
+    LLAMA_LOG_ERROR("%s: the %s cache cannot be %s on %s, %s, which has no kernels for it. Keep the cache on the CPU "
+        "(--no-kv-offload), or take a stock type\n", __func__, what, ggml_type_name(type), ggml_backend_dev_name(device),
+        ggml_backend_dev_description(device));
+    return false;
+}
+
 // Whether the model keeps keys and values. Embedding models, which read a text at once, do not, nor do recurrent ones.
 static bool keeps_keys(const llama_model & model) {
     llama_memory_params params = {};
@@ -110,6 +134,15 @@ bool llama_turbo_check_types(const llama_model & model, llama_context_params & p
             "has. Use one sequence (--parallel 1), or f16\n", __func__,
             ggml_type_name(turbo_is_type(params.type_k) ? params.type_k : params.type_v), llm_arch_name(model.arch));
         return false;
+    }
+    if (wrong < 0 && params.offload_kqv) {
+        for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
+            ggml_backend_dev_t device = model.dev_layer(il);
+            if (!check_device("K", params.type_k, device, hparams.n_embd_k_gqa(il)) ||
+                    (!hparams.is_mla() && !check_device("V", params.type_v, device, hparams.n_embd_v_gqa(il)))) {
+                return false;
+            }
+        }
     }
     return wrong < 0 ||
         (check_head("K", params.type_k, hparams.n_embd_head_k(wrong), wrong) && check_head("V", params.type_v, hparams.n_embd_head_v(wrong), wrong));

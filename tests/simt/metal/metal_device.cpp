@@ -218,7 +218,8 @@ ggml_metal_device_t ggml_metal_device_init(int number, int) {
     snprintf(p.desc, sizeof(p.desc), "Metal kernels in the emulator");
     p.max_buffer_size = p.max_working_set_size = (size_t) 8 << 30;
     p.max_theadgroup_memory_size = simt_metal::most_threadgroup_memory;
-    p.has_simdgroup_reduction = p.has_simdgroup_mm = p.has_unified_memory = p.supports_gpu_family_apple7 = true;
+    p.has_simdgroup_mm        = !getenv("SIMT_METAL_OLD"); // as before M1
+    p.has_simdgroup_reduction = p.has_unified_memory = p.supports_gpu_family_apple7 = true;
     p.use_shared_buffers        = true;
     p.gpu_family                = 7;
     p.op_offload_min_batch_size = 1 << 30;
