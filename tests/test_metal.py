@@ -1,6 +1,7 @@
 """The Metal back end without a Mac: llama.cpp's own on Linux, its kernels and ours in the emulator (tests/simt)."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 import device_sequences
 import metal_library
+import tiny_architectures
 import tiny_model
 from checkpoints import random_calibration
 from gpu_compilers import ROOT
@@ -21,16 +23,6 @@ ALL = Kernels(
     stock=("fa_f16", "fa_vec_f16", "fa_vec_q8_0", "fa_aux", "quantize"),
     instances=r"[^b]f16_dk64_dv64|q8_0_dk64_dv64|kv_q8_0|_(set|get)_rows_(f32_i64_|f16$|f32$|q8_0)",
 )
-
-
-@pytest.fixture(scope="module")
-def grafted(pristine, tmp_path_factory) -> Path:
-    """llama.cpp's sources with our lines."""
-    import graft
-
-    folder = tmp_path_factory.mktemp("grafted") / "llama.cpp"
-    graft.write(pristine, folder, graft.insert(pristine, graft.load()))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +120,7 @@ def test_planted_faults_are_seen(grafted, library, tmp_path: Path, fault: str):
     kernels = Kernels(checked="FAILED" not in said, changed=changed)
     done = run(metal_library.build(grafted, tmp_path, kernels, beside=library.parent), file, "-x", "-k", tests)
     text = done.stdout + done.stderr
-    assert done.returncode in (1, 70) and metal_library.re.search(said, text), text[-4000:]
+    assert done.returncode in (1, 70) and re.search(said, text), text[-4000:]
 
 
 def test_a_fault_in_a_stock_kernel_is_seen(grafted, library, tmp_path: Path):
@@ -182,9 +174,12 @@ def test_calibrated_keys_streams_and_a_layer_on_the_cpu(device, plain: Path):
 
 
 def test_a_device_without_our_kernels_is_refused(device, plain: Path):
-    """A sentence, where llama.cpp would abort; with the cache on the CPU the model runs."""
+    """A sentence, where llama.cpp would abort; not for a stock type, nor for a model that keeps no keys."""
     old = device | {"SIMT_METAL_OLD": "1"}
     with pytest.raises(RefusedError, match="K cache cannot be turbo4 on MTL0, .*, which has no kernels for it"):
         device_sequences.on_device(old, plain, TURBO4, 99, device_sequences.save, (), {})
     (_, found), _ = device_sequences.on_device(old, plain, CacheTypes.parse("f16"), 99, device_sequences.save, (), {})
     assert np.isfinite(found[0]).all()
+    embedder = tiny_architectures.write(plain.with_name("embedder.gguf"), "bert")
+    _, log = device_sequences.on_device(old, embedder, TURBO4, 99, device_sequences.nothing, (), {})
+    assert "this model keeps no keys and values: cache types turbo4 and turbo4 have nothing to do" in log

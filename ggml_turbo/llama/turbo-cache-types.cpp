@@ -67,8 +67,11 @@ static bool check_head(const char * what, ggml_type type, uint32_t head_size, ui
 }
 
 // Whether a device writes rows of the type into a cache. What a device that says no has in its memory, no other can write:
-// llama.cpp would abort in the first batch.
-static bool writes_rows(ggml_backend_dev_t device, ggml_type type, int64_t n_embd) {
+// llama.cpp would abort in the first batch. Devices that split a cache between them say yes for it each.
+static bool writes(ggml_backend_dev_t device, ggml_type type, int64_t n_embd) {
+    if (!turbo_is_type(type) || n_embd == 0 || ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_META) {
+        return true;
+    }
     ggml_context_ptr ctx(ggml_init({ 4*ggml_tensor_overhead(), nullptr, true }));
     ggml_tensor * cache = ggml_new_tensor_2d(ctx.get(), type, n_embd, 256);
     ggml_tensor * rows  = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, n_embd, 1);
@@ -77,8 +80,7 @@ static bool writes_rows(ggml_backend_dev_t device, ggml_type type, int64_t n_emb
 }
 
 static bool check_device(const char * what, ggml_type type, ggml_backend_dev_t device, int64_t n_embd) {
-    const bool is_split = ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_META; // over devices that say yes for it
-    if (!turbo_is_type(type) || n_embd == 0 || is_split || writes_rows(device, type, n_embd)) {
+    if (writes(device, type, n_embd)) {
         return true;
     }
     LLAMA_LOG_ERROR("%s: the %s cache cannot be %s on %s, %s, which has no kernels for it. Keep the cache on the CPU "
@@ -116,6 +118,14 @@ bool llama_turbo_check_types(const llama_model & model, llama_context_params & p
             wrong = il;
         }
     }
+    const auto n_embd_v = [&hparams](uint32_t il) { return hparams.is_mla() ? 0 : hparams.n_embd_v_gqa(il); };
+    int32_t unwritten = -1; // the first layer on a device that does not write them; rows must be whole blocks to ask
+    for (uint32_t il = 0; il < hparams.n_layer() && params.offload_kqv && wrong < 0 && unwritten < 0; ++il) {
+        ggml_backend_dev_t device = model.dev_layer(il);
+        if (!writes(device, params.type_k, hparams.n_embd_k_gqa(il)) || !writes(device, params.type_v, n_embd_v(il))) {
+            unwritten = il;
+        }
+    }
     if (!divides(params.type_k, hparams.indexer_head_size)) { // a second cache of keys, by which some models choose what to attend to
         LLAMA_LOG_ERROR("%s: the K cache cannot be %s: its blocks hold %d values of one head, and the indexer of this model has a head size of %u. "
             "Cache types that work for it: %s\n", __func__, ggml_type_name(params.type_k), QK_TURBO, hparams.indexer_head_size,
@@ -123,7 +133,7 @@ bool llama_turbo_check_types(const llama_model & model, llama_context_params & p
         return false;
     }
     const bool lacks_attention = ggml_is_quantized(params.type_v) && params.flash_attn_type == LLAMA_FLASH_ATTN_TYPE_DISABLED;
-    if ((wrong >= 0 || lacks_attention) && !keeps_keys(model)) {
+    if ((wrong >= 0 || unwritten >= 0 || lacks_attention) && !keeps_keys(model)) {
         LLAMA_LOG_INFO("%s: this model keeps no keys and values: cache types %s and %s have nothing to do\n", __func__,
             ggml_type_name(params.type_k), ggml_type_name(params.type_v));
         params.type_k = params.type_v = GGML_TYPE_F16;
@@ -135,15 +145,10 @@ bool llama_turbo_check_types(const llama_model & model, llama_context_params & p
             ggml_type_name(turbo_is_type(params.type_k) ? params.type_k : params.type_v), llm_arch_name(model.arch));
         return false;
     }
-    if (wrong < 0 && params.offload_kqv) {
-        for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
-            ggml_backend_dev_t device = model.dev_layer(il);
-            if (!check_device("K", params.type_k, device, hparams.n_embd_k_gqa(il)) ||
-                    (!hparams.is_mla() && !check_device("V", params.type_v, device, hparams.n_embd_v_gqa(il)))) {
-                return false;
-            }
-        }
+    if (wrong >= 0) {
+        return check_head("K", params.type_k, hparams.n_embd_head_k(wrong), wrong) && check_head("V", params.type_v, hparams.n_embd_head_v(wrong), wrong);
     }
-    return wrong < 0 ||
-        (check_head("K", params.type_k, hparams.n_embd_head_k(wrong), wrong) && check_head("V", params.type_v, hparams.n_embd_head_v(wrong), wrong));
+    return unwritten < 0 ||
+        (check_device("K", params.type_k, model.dev_layer(unwritten), hparams.n_embd_k_gqa(unwritten)) &&
+         check_device("V", params.type_v, model.dev_layer(unwritten), n_embd_v(unwritten)));
 }

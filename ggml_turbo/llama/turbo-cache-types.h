@@ -7,6 +7,7 @@
 
 struct llama_model;
 
-// Refuses numbers that are no type, head sizes that a type's blocks do not divide, and devices that cannot write it, with a line in the log that says what
-// works instead. For a model that keeps no keys and values, the types become F16, which every model can have.
+// Refuses numbers that are no type, head sizes that a type's blocks do not divide, and devices that do not write a type, with
+// a line in the log that says what works instead. For a model that keeps no keys and values, the types become F16, which
+// every model can have.
 bool llama_turbo_check_types(const llama_model & model, llama_context_params & params);
