@@ -128,6 +128,16 @@ def pristine() -> Path:
 
 
 @pytest.fixture(scope="session")
+def grafted(pristine, tmp_path_factory) -> Path:
+    """The same with our lines in them."""
+    import graft
+
+    folder = tmp_path_factory.mktemp("grafted") / "llama.cpp"
+    graft.write(pristine, folder, graft.insert(pristine, graft.load()))
+    return folder
+
+
+@pytest.fixture(scope="session")
 def stock_libraries(pristine, request) -> Path:
     """The folder of a libllama built from the pinned sources without our insertions; kept in pytest's cache folder."""
     build = request.config.cache.mkdir("stock-llama.cpp")

@@ -7,7 +7,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import graft
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -251,14 +250,6 @@ def test_reference_of_the_recent_window(problem: Problem, threads: int):
 
 
 # ---- alone, for each instruction set ----
-
-
-@pytest.fixture(scope="session")
-def grafted(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The headers that the kernel is compiled with: llama.cpp's, with the turbo types in them."""
-    folder = tmp_path_factory.mktemp("grafted")
-    graft.write(pristine, folder, graft.insert(pristine, graft.load()))
-    return folder
 
 
 def as_input(problem: Problem) -> bytes:

@@ -200,16 +200,6 @@ def test_planted_faults_are_seen(planted, fault: str):
 # ---- the compilers ----
 
 
-@pytest.fixture(scope="module")
-def grafted(pristine, tmp_path_factory) -> Path:
-    """llama.cpp's sources with our lines."""
-    import graft
-
-    folder = tmp_path_factory.mktemp("grafted") / "llama.cpp"
-    graft.write(pristine, folder, graft.insert(pristine, graft.load()))
-    return folder
-
-
 WITHOUT_ATTENTION = """
 bool turbo_takes_attention(int, const ggml_tensor *) { return false; }
 void turbo_compute_attention(ggml_backend_cuda_context &, ggml_tensor *) {}

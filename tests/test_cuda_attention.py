@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import gpu_compilers
-from test_attention import as_input, grafted, mask_of, values, without_window  # noqa: F401 (grafted is a fixture)
+from test_attention import as_input, mask_of, values, without_window
 from turboquant_gguf.codec import attention_numpy
 from turboquant_gguf.codec.attention import Problem, Window
 from turboquant_gguf.llamacpp import ggml
@@ -517,7 +517,7 @@ def unit(tmp_path_factory) -> Path:
     return path
 
 
-def test_nvidia_compiles_it_within_bounds(grafted, unit):  # noqa: F811
+def test_nvidia_compiles_it_within_bounds(grafted, unit):
     architectures = ("sm_75", "sm_86", "sm_90", "sm_120")
     found = gpu_compilers.compile_nvidia(grafted, unit, unit.with_suffix(".o"), architectures)
     for name, resources in zip(names(found), found, strict=True):
@@ -526,7 +526,7 @@ def test_nvidia_compiles_it_within_bounds(grafted, unit):  # noqa: F811
 
 
 @pytest.mark.parametrize("architecture", gpu_compilers.AMD)
-def test_amd_compiles_it(grafted, unit, architecture: str):  # noqa: F811
+def test_amd_compiles_it(grafted, unit, architecture: str):
     found = gpu_compilers.compile_amd(grafted, unit, unit.with_suffix(".s"), architecture)
     assert set(names(found)) == set(REGISTERS)
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 import turboquant_gguf
+from conftest import ROOT
 from turboquant_gguf.llamacpp import native
 
-ROOT = Path(__file__).parent.parent
 TURBO = ROOT / "ggml_turbo"
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="this layout is tested on Linux")
