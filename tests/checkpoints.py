@@ -288,6 +288,14 @@ def gguf(folder: Path, name: str, *, rotate: str = "none", **changes: object) ->
         return convert(checkpoint, path, outtype="f32", rotate=rotate, console=Console(quiet=True)).path
 
 
+def with_image_positions(folder: Path) -> Path:
+    """A model with M-RoPE, as those that see images have: three quarters of the pairs turn with time, row and column."""
+    plain = gguf(folder, "glm4", head_dim=64)
+    key = "glm4.rope.dimension_sections"
+    rewrite(plain, folder / "mrope.gguf", key, {key: np.array([6, 5, 5, 0], np.int32)})
+    return folder / "mrope.gguf"
+
+
 @torch.no_grad()
 def randomize(model: torch.nn.Module, after_gelu: float) -> None:
     """Weights as in trained models: norms that differ by channel, biases, and attention that picks."""

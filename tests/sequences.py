@@ -13,8 +13,8 @@ from turboquant_gguf.llamacpp import ggml, recentwindow
 from turboquant_gguf.llamacpp.cachetypes import CacheTypes
 from turboquant_gguf.llamacpp.logits import EXACT, Model
 
-Entry = tuple[int, int, int | list[int]]
-"""A token, its position, and its sequence or sequences."""
+Entry = tuple[int, int | tuple[int, int, int], int | list[int]]
+"""A token, its position, and its sequence or sequences. Of a part of an image its time, row and column."""
 
 
 def window_slots(sequences: int = 1, length: int = 0) -> int:
@@ -126,13 +126,13 @@ class Sequences:
                 self.llama.LLAMA_ROPE_TYPE_MROPE,
                 self.llama.LLAMA_ROPE_TYPE_IMROPE,
             ):  # four positions, of which a text has the same in the first three
-                position = np.array([position for _, position, _ in entries], np.int32)
-                four = np.concatenate([position, position, position, 0 * position])
+                three = [position if isinstance(position, tuple) else (position,) * 3 for _, position, _ in entries]
+                four = np.array([(*one, 0) for one in three], np.int32).T.ravel()
                 batch.pos = four.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
         for i, (token, position, sequences) in enumerate(entries):
             if embeddings is None:
                 batch.token[i] = token
-            batch.pos[i], batch.logits[i] = position, outputs
+            batch.pos[i], batch.logits[i] = position[0] if isinstance(position, tuple) else position, outputs
             sequences = [sequences] if isinstance(sequences, int) else sequences
             batch.n_seq_id[i] = len(sequences)
             for j, sequence in enumerate(sequences):

@@ -281,6 +281,30 @@ def test_centres_that_turn_are_exact(name, unified, tmp_path, environment):
     assert max(errors) < 5e-5, errors
 
 
+@pytest.mark.parametrize("unified", [True, False])
+def test_centres_are_exact_where_images_are_read(unified, tmp_path, environment):
+    """M-RoPE: the parts of an image share a time and differ in row and column, which turn their keys; a centre goes by time."""
+    model = checkpoints.with_image_positions(tmp_path)
+    other = random_calibration(model, tmp_path / "calibrated.gguf")
+    prompt = [token % checkpoints.VOCABULARY for token in PROMPT[:40]]
+    image = [(0, (300, 300 + i // 8, 300 + i % 8), 0) for i in range(64)]
+
+    def everything(path: Path, flash: str) -> list[np.ndarray]:
+        with Sequences(path, EXACT, flash=flash, unified=unified, sequences=2, length=512) as cache:
+            found = [cache.prompt(prompt)]
+            assert cache.decode(*image, embeddings=cache.embeddings[:64]) == 0
+            found.append(cache.logits(64))
+            cache.copy(0, 1)
+            return [*found, cache.answer(prompt[:5], 308), cache.answer(prompt[5:10], 5000, 1)]
+
+    plain = everything(model, "disabled")
+    environment("TURBO_CALIBRATION", "force")
+    forced = everything(other, "enabled")
+    assert not any(np.array_equal(*pair) for pair in zip(plain, forced, strict=True))
+    errors = [compare(*pair).relative_error for pair in zip(plain, forced, strict=True)]
+    assert max(errors) < 5e-5, errors
+
+
 @pytest.mark.parametrize("name", ["gpt-oss", "gemma2", "gpt2"])
 def test_what_a_fixed_centre_would_change(name, tmp_path):
     """With attention sinks and capped scores there are only centres that turn, which attention knows; GPT-2 has no RoPE."""

@@ -105,6 +105,39 @@ def test_batches_and_single_tokens_see_the_same(tiny):
         assert compare(found[0], other).relative_error < 0.02
 
 
+@pytest.mark.parametrize("begin", [0, 1000])
+def test_first_tokens_are_those_of_the_sequence(begin, tiny):
+    """Wherever it begins: as exact as f16 where all of them are first tokens, also in another batch and after a restart."""
+    found = {}
+    for types, sinks in ((F16, 4), (TURBO3, 4), (TURBO3, 128)):
+        with Sequences(tiny, types, window=8, sinks=sinks, sequences=2, length=512) as cache:
+            cache.prompt(SMALL_PROMPT[:60], first=begin)
+            cache.prompt(SMALL_PROMPT[60:100], first=begin + 60)
+            read = cache.answer(SMALL_PROMPT[100:], begin + 100)
+            cache.remove(0, begin + 100, -1)
+            state = cache.saved(0)
+            cache.remove(0, -1, -1)
+            cache.restore(state, 1)
+            found[types, sinks] = np.concatenate([read, cache.answer(SMALL_PROMPT[100:], begin + 100, 1)])
+    exact, few, all_of_them = found.values()
+    assert compare(exact, all_of_them).relative_error < 1e-2 < compare(exact, few).relative_error
+
+
+def test_an_image_at_the_beginning_leaves_room_for_what_follows(tmp_path):
+    """Its parts have one position (M-RoPE): were all of them first tokens, the ring would be full of them for good."""
+    model = checkpoints.with_image_positions(tmp_path)
+    found = []
+    for types, window in ((F16, 0), (TURBO3, 128)):
+        with Sequences(model, types, window=window, sequences=1, length=512) as cache:
+            for first in (0, 120):
+                image = [(0, (0, i // 16, i % 16), 0) for i in range(first, first + 120)]
+                assert cache.decode(*image, embeddings=cache.embeddings[:120]) == 0
+            cache.answer(SMALL_PROMPT[:100], 16)
+            cache.remove(0, 0, 1)  # what is left is the text, which the window has
+            found.append(cache.answer(SMALL_PROMPT[100:], 116))
+    assert compare(*found).relative_error < 0.04
+
+
 # ---- wherever tokens go ----
 
 
@@ -130,6 +163,16 @@ def context_shift(cache: Sequences) -> np.ndarray:
     cache.remove(0, 4, 44)
     cache.add(0, 44, -1, -40)
     return cache.answer(PROMPT[100:105], 60)
+
+
+def late_beginnings(cache: Sequences) -> np.ndarray:
+    """Also of an end alone, whose first tokens were none when they came."""
+    cache.prompt(PROMPT[:100], first=5000)
+    cache.copy(0, 1)
+    cache.remove(1, 5000, 5050)
+    cache.prompt(PROMPT[20:60], first=7, sequence=2)
+    cache.remove(0, 5000, 5098)
+    return np.concatenate([cache.answer(PROMPT[100:110], *at) for at in ((5100, 0), (5100, 1), (47, 2))])
 
 
 def shared_beginning(cache: Sequences) -> np.ndarray:
@@ -201,8 +244,8 @@ def full_and_wrapped(cache: Sequences) -> np.ndarray:
 
 
 SCENARIOS = [
-    removal_in_the_middle, removal_of_the_end, context_shift, shared_beginning, saved_and_restored, another_prompt,
-    eight_interleaved, emptied, embeddings_alone, full_and_wrapped,
+    removal_in_the_middle, removal_of_the_end, context_shift, late_beginnings, shared_beginning, saved_and_restored,
+    another_prompt, eight_interleaved, emptied, embeddings_alone, full_and_wrapped,
 ]  # fmt: skip
 
 

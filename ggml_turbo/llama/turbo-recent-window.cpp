@@ -129,7 +129,7 @@ std::shared_ptr<llama_turbo_window> llama_turbo_window::make(
     for (uint32_t stream = 0; stream < n_stream; ++stream) {
         for (uint32_t slot = 0; slot + 1 < made->n_slots; ++slot) {
             const llama_seq_id seq = n_stream > 1 ? stream : (uint64_t) slot*n_seq/made->n_slots;
-            made->entries[stream][slot] = { 0, 0, -1, seq };
+            made->entries[stream][slot] = { 0, 0, -1, false, seq };
         }
     }
 
@@ -218,20 +218,23 @@ void llama_turbo_window::copy(uint32_t from, uint32_t to) {
     versions[to] = versions[from];
 }
 
-bool llama_turbo_window::sees(llama_pos query, llama_pos key) const {
-    return key < (llama_pos) sizes.sinks || std::abs(query - key) < (llama_pos) sizes.recent;
+// Whether a token that arrives is one of the first of its sequence, which all later ones need. It is one for as long as it is
+// kept: what lies before it may leave the cache, as in a sliding window, and what comes after is no first token for that.
+bool llama_turbo_window::is_sink(const llama_kv_cells & cells, const arrival & a) const {
+    return cells.pos_get(a.cell) - cells.seq_pos_min(a.seq) < (llama_pos) sizes.sinks;
 }
 
 bool llama_turbo_window::is_valid(const entry & e, uint32_t stream, const llama_kv_cells & cells) const {
     return e.pos >= 0 && e.version == versions[stream][e.cell] && !cells.is_empty(e.cell) && cells.pos_get(e.cell) == e.pos;
 }
 
-// How many tokens the sequence has had since that needs this cell most; -1: it is one of the first, which all need.
-llama_pos llama_turbo_window::age(const llama_kv_cells & cells, uint32_t cell, llama_seq_id seq) const {
-    const llama_pos pos = cells.pos_get(cell);
-    if (pos < (llama_pos) sizes.sinks) {
+// How many tokens the sequence has had since that needs this cell most; -1: all need it.
+llama_pos llama_turbo_window::age(const llama_kv_cells & cells, const arrival & a, bool is_sink) const {
+    if (is_sink) {
         return -1;
     }
+    const auto [cell, seq] = a;
+    const llama_pos pos = cells.pos_get(cell);
     if (cells.seq_count(cell) == 1 && cells.seq_has(cell, seq)) {
         return cells.seq_pos_max(seq) - pos;
     }
@@ -260,11 +263,23 @@ std::vector<uint32_t> llama_turbo_window::admit(uint32_t stream, const llama_kv_
     std::vector<token> tokens;
     for (uint32_t slot = 0; slot < slots.size(); ++slot) {
         if (is_valid(slots[slot], stream, cells)) {
-            tokens.push_back({ age(cells, slots[slot].cell, slots[slot].seq), true, slot });
+            tokens.push_back({ age(cells, { slots[slot].cell, slots[slot].seq }, slots[slot].is_sink), true, slot });
         }
     }
+    // An image has hundreds of tokens at one position, which must not fill the ring as first ones.
+    std::map<llama_seq_id, uint32_t> n_sinks;
+    std::vector<bool> is_first(arrivals.size());
     for (uint32_t i = 0; i < arrivals.size(); ++i) {
-        tokens.push_back({ age(cells, arrivals[i].cell, arrivals[i].seq), false, i });
+        if (is_sink(cells, arrivals[i])) {
+            const auto [n, is_new] = n_sinks.try_emplace(arrivals[i].seq);
+            if (is_new) {
+                n->second = std::count_if(slots.begin(), slots.end(), [&](const entry & e) {
+                    return e.is_sink && is_valid(e, stream, cells) && cells.seq_has(e.cell, arrivals[i].seq);
+                });
+            }
+            is_first[i] = n->second++ < sizes.sinks;
+        }
+        tokens.push_back({ age(cells, arrivals[i], is_first[i]), false, i });
     }
     if (tokens.size() > slots.size()) {
         std::nth_element(tokens.begin(), tokens.begin() + slots.size(), tokens.end());
@@ -290,7 +305,7 @@ std::vector<uint32_t> llama_turbo_window::admit(uint32_t stream, const llama_kv_
     const auto give = [&](uint32_t i, std::vector<uint32_t> & from) {
         const uint32_t slot = from.back(), cell = arrivals[i].cell;
         from.pop_back();
-        slots[slot] = { cell, versions[stream][cell], cells.pos_get(cell), arrivals[i].seq };
+        slots[slot] = { cell, versions[stream][cell], cells.pos_get(cell), is_first[i], arrivals[i].seq };
         found[i]    = slot;
         is_kept[i]  = false;
     };
@@ -327,6 +342,7 @@ void llama_turbo_window::set_inputs(
     struct candidate { // a key that is at hand in full precision
         uint32_t  cell, column;
         llama_pos pos;
+        bool      is_sink;
     };
     std::vector<candidate> candidates;
     for (int64_t s = 0; s < n_streams; ++s) {
@@ -337,7 +353,7 @@ void llama_turbo_window::set_inputs(
             entry & e = entries[stream][slot];
             if (is_valid(e, stream, cells[stream])) {
                 if (e.cell < mask->ne[0]) {
-                    candidates.push_back({ e.cell, slot, e.pos });
+                    candidates.push_back({ e.cell, slot, e.pos, e.is_sink });
                 }
             } else {
                 e.pos = -1;
@@ -347,7 +363,8 @@ void llama_turbo_window::set_inputs(
             }
         }
         for (int64_t i = 0; i < n_queries && sizes.recent; ++i) {
-            candidates.push_back({ places[first + i].cell, n_slots + (uint32_t) i, ubatch.pos[first + i] });
+            const arrival a = { places[first + i].cell, ubatch.seq_id[first + i][0] };
+            candidates.push_back({ a.cell, n_slots + (uint32_t) i, ubatch.pos[first + i], is_sink(cells[stream], a) });
         }
         int32_t * column_of = (int32_t *) ((char *) columns->data + s*columns->nb[3]);
         std::fill_n(column_of, mask->ne[0], -1);
@@ -359,7 +376,7 @@ void llama_turbo_window::set_inputs(
             ggml_fp16_t *       of_window = (ggml_fp16_t *) ((char *) window_mask->data + i*window_mask->nb[1] + s*window_mask->nb[3]);
             std::fill_n(of_window, window_mask->ne[0], MASKED);
             for (const candidate & c : candidates) {
-                if (sees(ubatch.pos[first + i], c.pos)) {
+                if (c.is_sink || std::abs(ubatch.pos[first + i] - c.pos) < (llama_pos) sizes.recent) {
                     of_window[c.column] = of_cache[c.cell];
                 }
             }
@@ -393,7 +410,7 @@ void llama_turbo_window::save(
     std::map<uint32_t, uint32_t> slot_of; // by cell: of what a next token would see
     for (uint32_t slot = 0; slot < entries[stream].size(); ++slot) {
         const entry & e = entries[stream][slot];
-        if (is_valid(e, stream, cells) && age(cells, e.cell, e.seq) < (llama_pos) sizes.recent) {
+        if (is_valid(e, stream, cells) && age(cells, { e.cell, e.seq }, e.is_sink) < (llama_pos) sizes.recent) {
             slot_of[e.cell] = slot;
         }
     }

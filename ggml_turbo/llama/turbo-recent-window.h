@@ -2,7 +2,8 @@
 
 // The recent window of a KV cache: beside a quantized cache, which always holds every token, the keys and values of a few
 // tokens at full precision (docs/recent-window.md). A query at position p sees in full precision the tokens at positions
-// p - n_recent + 1 to p and the first n_sinks of its sequence, and all others quantized, whatever the batches were.
+// p - n_recent + 1 to p and the first n_sinks of its sequence, wherever that begins, and all others quantized, whatever the
+// batches were.
 //
 // A ring in f16 holds the tokens before a batch, and the batch's own are at hand anyway. The ring is never the only copy:
 // whatever makes an entry doubtful only forgets it, and the quantized one is read instead. All sequences of a stream share
@@ -107,6 +108,7 @@ private:
         uint32_t     cell;
         uint32_t     version; // of the cell when it was stored
         llama_pos    pos;     // -1: nothing is there
+        bool         is_sink;
         llama_seq_id seq;     // whose slot it is or was last; slots are given to the same sequence again where that is possible
     };
 
@@ -125,9 +127,9 @@ private:
         llama_seq_id seq; // one of its sequences
     };
 
-    bool sees(llama_pos query, llama_pos key) const;
+    bool is_sink(const llama_kv_cells & cells, const arrival & a) const;
     bool is_valid(const entry & e, uint32_t stream, const llama_kv_cells & cells) const;
-    llama_pos age(const llama_kv_cells & cells, uint32_t cell, llama_seq_id seq) const;
+    llama_pos age(const llama_kv_cells & cells, const arrival & a, bool is_sink) const;
     std::vector<uint32_t> admit(uint32_t stream, const llama_kv_cells & cells, const std::vector<arrival> & arrivals);
     size_t token_bytes() const;
     void spoil(uint32_t stream, uint32_t slot) const;

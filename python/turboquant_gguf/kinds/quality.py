@@ -170,8 +170,7 @@ class Quality(Kind):
             show_default=True,
             metavar="OFFSET",
             help="The position of a chunk's first token: the same tokens, as if that many others had come before. Where "
-            "attention depends on distances alone, as with RoPE, an unquantized cache loses nothing there. The first tokens are "
-            "then not the first of a context, and a recent window does not keep them.",
+            "attention depends on distances alone, as with RoPE, an unquantized cache loses nothing there.",
         ),
         option("--decode", is_flag=True, help="Read the second half of each chunk token by token, as answers are."),
     )
