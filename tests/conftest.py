@@ -1,6 +1,7 @@
 """What several tests need: a real model and a real text."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -44,6 +45,19 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Itera
         if not any(words in reason for words in filter(None, allowed.split(","))):
             report.outcome, report.longrepr = "failed", f"skipped, and TURBOQUANT_NO_SKIPS is set: {reason}"
     return report
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """A headless Chromium."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="the Python package playwright is not installed")
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if not path:
+        pytest.skip("there is no Chromium to open pages with")
+    with playwright.sync_playwright() as started:
+        opened = started.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield opened
+        opened.close()
 
 
 @pytest.fixture(scope="session")

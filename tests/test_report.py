@@ -3,7 +3,6 @@
 import csv
 import json
 import re
-import shutil
 import sys
 import xml.etree.ElementTree
 from collections.abc import Iterator, Sequence
@@ -582,18 +581,6 @@ def test_names_mean_only_themselves(results):
     )
     assert shown(results).splitlines()[0] == name
     assert write(results, "report.png").stat().st_size  # $x_1$ is no formula
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="the Python package playwright is not installed")
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if not path:
-        pytest.skip("there is no Chromium to open pages with")
-    with playwright.sync_playwright() as started:
-        opened = started.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield opened
-        opened.close()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
