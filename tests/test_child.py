@@ -57,6 +57,23 @@ def test_a_child_is_the_command_itself():
     assert process.returncode == 7
 
 
+@in_proc
+def test_windows_ends_the_tree(monkeypatch, tmp_path):
+    """There are no groups to signal there; its taskkill, here a stand-in, ends a process and all below it."""
+    stand_in = tmp_path / "taskkill"
+    stand_in.write_text('#!/bin/sh\n[ "$1 $2 $3" = "/T /F /PID" ] && kill -KILL "$4" $(pgrep -P "$4")\n')
+    stand_in.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(child, "IS_POSIX", False)
+    before = descendants(os.getpid())
+    with child.running(["sh", "-c", "sleep 1000 & echo; wait"], stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        started = until(lambda: {pid: name for pid, name in descendants(os.getpid()).items() if pid not in before})
+        assert sorted(started.values()) == ["sh", "sleep"]
+    until(lambda: not alive(started), 5)
+    assert process.returncode
+
+
 def test_there_is_no_such_program():
     with pytest.raises(FileNotFoundError, match="no such program"), child.running(["no-such-program"]):
         pass

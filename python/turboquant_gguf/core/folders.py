@@ -3,9 +3,11 @@
 import os
 from pathlib import Path
 
+import platformdirs
+
 
 def cache_folder() -> Path:
-    """The folder for models and measurements: $TURBOQUANT_CACHE_DIR, or turboquant-gguf in the user's cache folder."""
+    """The folder for models and measurements: $TURBOQUANT_CACHE_DIR, or turboquant-gguf where the system keeps caches."""
     if chosen := os.environ.get("TURBOQUANT_CACHE_DIR"):
         return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "turboquant-gguf"
+    return platformdirs.user_cache_path("turboquant-gguf", appauthor=False)

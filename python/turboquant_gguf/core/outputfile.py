@@ -106,7 +106,7 @@ def _is_stream(output: Path) -> bool:
 
 
 def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows syncs what can be written to
     try:
         os.fsync(descriptor)
     finally:
