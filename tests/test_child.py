@@ -65,11 +65,9 @@ def test_windows_ends_the_tree(monkeypatch, tmp_path):
     stand_in.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setattr(child, "IS_POSIX", False)
-    before = descendants(os.getpid())
-    with child.running(["sh", "-c", "sleep 1000 & echo; wait"], stdout=subprocess.PIPE) as process:
-        process.stdout.readline()
-        started = until(lambda: {pid: name for pid, name in descendants(os.getpid()).items() if pid not in before})
-        assert sorted(started.values()) == ["sh", "sleep"]
+    with child.running(["sh", "-c", "sleep 1000 & wait"], stdout=subprocess.PIPE) as process:
+        sleeping = until(lambda: [pid for pid, name in descendants(process.pid).items() if name == "sleep"])
+        started = [process.pid, *sleeping]
     until(lambda: not alive(started), 5)
     assert process.returncode
 
