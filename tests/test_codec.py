@@ -308,6 +308,16 @@ def test_simd_agrees_with_reference(build: str, tmp_path: Path):
     assert result.stdout.strip() == instruction_sets.BUILDS[build][2]
 
 
+def test_visual_cpp_has_simd(tmp_path: Path):
+    """It says nothing of FMA and F16C where there is AVX2: that must not leave the scalar code, unnoticed."""
+    sources = [ROOT / "tests" / "codec_simd.c", FORMAT / "turbo-reference.c", SOURCE / "cpu" / "turbo-cpu.c"]
+    said = ["-D_MSC_VER=1944", "-D__forceinline=inline", "-U__FMA__", "-U__F16C__"]
+    program = instruction_sets.compile("avx2", tmp_path / "codec_simd", sources, "-DGGML_TURBO_STANDALONE", *said)
+    result = subprocess.run(program, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "avx2"
+
+
 @pytest.mark.parametrize("build", ["scalar", "avx2", "neon"])
 def test_another_type_needs_only_its_numbers(build: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A section more in codebooks.toml, and every function of the type is there and agrees with the reference."""

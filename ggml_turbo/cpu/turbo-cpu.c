@@ -5,7 +5,8 @@
 #include "turbo-encode.h"
 #include "turbo-simd.h"
 
-#if defined(__F16C__) // which processors had before AVX2
+#if defined(__F16C__) || defined(TURBO_HAS_AVX2) // processors had it before AVX2
+#  define TURBO_HAS_F16C
 #  include <immintrin.h>
 #endif
 
@@ -22,8 +23,8 @@ typedef struct {
 } turbo_q8_0;
 
 static inline float turbo_half_to_float(uint16_t h) {
-#if defined(__F16C__)
-    return _cvtsh_ss(h);
+#if defined(TURBO_HAS_F16C)
+    return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(h)));
 #elif defined(__ARM_NEON) && defined(__aarch64__)
     __fp16 f;
     memcpy(&f, &h, sizeof(f));

@@ -30,9 +30,14 @@
 
 #include "ggml-turbo.h"
 
+// Visual C++ has no names for FMA and F16C, which all have that have AVX2.
+#if defined(__AVX2__) && (defined(_MSC_VER) || (defined(__FMA__) && defined(__F16C__)))
+#  define TURBO_HAS_AVX2
+#endif
+
 #if defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__) && defined(__AVX512VBMI__)
 #  include "turbo-simd-avx512.h"
-#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#elif defined(TURBO_HAS_AVX2)
 #  include "turbo-simd-avx2.h"
 #elif defined(__ARM_NEON) && defined(__aarch64__)
 #  include "turbo-simd-neon.h"
