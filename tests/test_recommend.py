@@ -75,6 +75,9 @@ def test_a_calibrated_model_has_predictions_of_its_own(smollm2, calibrated):
         recommend(model, memory=1 << 40, context=CONTEXT, types=["turbo3"]) for model in (smollm2, calibrated)
     )
     assert better.best.predicted < plain.best.predicted
+    assert plain.reason.count("`turboquant-gguf calibrate`") == 1 and "calibrate`" not in better.reason
+    enough = recommend(smollm2, memory=1 << 40, context=CONTEXT)
+    assert enough.best.types == "f16" and "calibrate`" not in enough.reason
 
 
 def test_predictions_follow_what_was_measured_of_the_model(smollm2, tmp_path):

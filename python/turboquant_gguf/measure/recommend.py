@@ -165,7 +165,7 @@ def recommend(
         trained_length=facts["trained_length"],
         candidates=candidates,
         best=best,
-        reason=_reason(best, candidates, known, used, memory, context),
+        reason=_reason(best, candidates, known, used, memory, context) + ("" if facts["calibrated"] else _gain(best)),
         command=_command(model, context, best) if best else None,
         measured=used,
         left_out=left_out,
@@ -269,6 +269,17 @@ def _reason(
     return (
         f"It should lose least of those that fit: KL divergence {best.predicted:.4f} from f16, predicted from "
         f"{known.model}; larger models lose less. `turboquant-gguf ppl` measures this one."
+    )
+
+
+def _gain(best: Candidate | None) -> str:
+    """What calibrated keys would gain with the best types; empty if nothing."""
+    as_is, calibrated = (reference(calibrated) for calibrated in (False, True))
+    if not best or calibrated.losses[best.types] >= as_is.losses[best.types]:
+        return ""
+    return (
+        f" Calibrate it first, with `turboquant-gguf calibrate`: with these types {as_is.model} loses "
+        f"{calibrated.losses[best.types]:.4f} then, instead of {as_is.losses[best.types]:.4f}."
     )
 
 
