@@ -143,6 +143,11 @@ class Kernels:
     changed: tuple[str, str, str] | None = None  # a file of either, a text in it, and what stands there instead
 
 
+def threadgroup_variables(text: str) -> list[str]:
+    """What kernels declare in threadgroup memory themselves."""
+    return [variable for _, variable in _VARIABLE.findall(text)]
+
+
 def supports_op(device: Path) -> str:
     """The functions of ggml-metal-device.m that say what the device takes; they are C."""
     text = device.read_text()
