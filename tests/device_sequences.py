@@ -40,7 +40,7 @@ def everything(cache: Sequences) -> list[np.ndarray]:
 
 
 def slots(cache: Sequences) -> list[np.ndarray]:
-    """Logits of the answers to two prompts, read together, a token of each in a batch, as slots of a server are; and apart."""
+    """Logits of answers to two prompts: together, a token of each in a batch, as slots of a server are; and apart."""
     prompts, answers = (TOKENS[:40], TOKENS[90:150]), (TOKENS[160:164], TOKENS[170:174])
     for sequence, tokens in enumerate(prompts):
         cache.prompt(tokens, sequence)
@@ -87,8 +87,9 @@ def _begin(environment: dict[str, str]) -> None:
 
 
 def in_process(environment: dict[str, str], do: Callable, *arguments: object) -> object:
-    """What `do` gives in a process of its own, which has these variables: a device stays with the process that loaded it."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_begin, initargs=(environment,)) as process:
+    """What `do` gives in a process of its own with these variables: a device stays with the process that loaded it."""
+    how = {"mp_context": get_context("spawn"), "initializer": _begin, "initargs": (environment,)}
+    with ProcessPoolExecutor(1, **how) as process:
         return process.submit(do, *arguments).result()
 
 
@@ -102,7 +103,8 @@ def served(path: Path, types: CacheTypes, device: str, questions: list[str]) -> 
 
     def ask(question: str) -> dict:
         request = {"prompt": question, "temperature": 0, "n_predict": 8, "n_probs": 1, "cache_prompt": False}
-        return httpx.post(f"{running.url}/completion", json=request, timeout=600, trust_env=False).raise_for_status().json()
+        reply = httpx.post(f"{running.url}/completion", json=request, timeout=600, trust_env=False)
+        return reply.raise_for_status().json()
 
     # A server that has linked back ends looks for others only when it is asked for a device.
     more = ("--parallel", str(len(questions)), "--device", device)
@@ -133,8 +135,8 @@ def require_as_exact(path: Path, expected: list[np.ndarray], found: list[np.ndar
 
 
 SMALL = 0.05
-"""An error of logits that other orders of summation make, where they move values of a later layer's cache to neighbouring
-codes: a tenth of what the cache types lose.
+"""An error of logits that other orders of summation make, where they move values of a later layer's cache to
+neighbouring codes: a tenth of what the cache types lose.
 """
 
 

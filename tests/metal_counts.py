@@ -54,8 +54,9 @@ VALUES = 2 * 32 * 128  # of keys and of values in a tile
 
 @pytest.mark.parametrize("case", [Case(1), Case(8), Case(4, queries=8)], ids=str)
 def test_a_block_is_decoded_once_for_all_rows(case: Case):
-    """For one query head, for the eight of a group, and for the 32 rows of a prompt: three words for four values, an entry of
-    the codebook for each.
+    """For one query head, for the eight of a group, and for the 32 rows of a prompt.
+
+    Three words for four values, an entry of the codebook for each.
     """
     found = case.per_tile()
     assert found["words of blocks"] == 3 * VALUES // 4 and found["codebook"] == VALUES
@@ -69,7 +70,7 @@ def test_what_a_tile_takes(case: Case, rows: int):
     assert found["queries"] == 128 * rows
     # tiles, queries, scores, weights, factors, and which keys are seen
     assert found["shared writes"] == VALUES + 128 * rows + 2 * 32 * rows + rows + 4
-    # One operand of the products is read for all rows; the other by each simdgroup, which has eight keys or 16 channels.
+    # One operand of the products is read for all rows; the other by each simdgroup, for its eight keys or 16 channels.
     of_keys = 32 * 128 + 4 * 128 * rows
     of_values = 32 * 128 + 2 * 4 * 32 * rows
     of_factors = 4 * 8 * rows

@@ -162,8 +162,9 @@ def test_all_threadgroup_memory_is_what_the_host_asks_for():
 
 
 def test_cmake_makes_our_library_first(request: pytest.FixtureRequest):
-    """As on a Mac, but for its frameworks, and what make would do is only printed. What llama.cpp embeds or has as files on disk
-    makes no difference to ours; as files they are built and installed, too.
+    """As on a Mac, but for its frameworks, and what make would do is only printed.
+
+    Whether llama.cpp embeds its kernels or has them as files makes no difference to ours; files are installed, too.
     """
     folder = request.config.cache.mkdir("metal-cmake")
     frameworks = [f"-D{name}=m" for name in ("FOUNDATION_LIBRARY", "METAL_FRAMEWORK", "METALKIT_FRAMEWORK")]

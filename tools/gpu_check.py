@@ -86,8 +86,9 @@ def build(folder: Path) -> str:
 
 
 def check_compiler(folder: Path) -> str:
-    """Our Metal kernels by Apple's compiler, which a program would only meet at run time. Warnings are errors: a library that
-    is compiled at run time takes them for one.
+    """Our Metal kernels by Apple's compiler, which a program would only meet at run time.
+
+    Warnings are errors: llama.cpp takes them for some in a library that is compiled at run time.
     """
     if not first_line("xcrun", "-sdk", "macosx", "metal", "--version"):
         return "not here: it comes with Xcode, not with the Command Line Tools. The system compiles our kernels below."

@@ -21,7 +21,7 @@
 
 // What attention has beside keys and values, and a product beside weights and columns
 #define TURBO_HAS_MASK    1
-#define TURBO_HAS_CACHE   2 // keys are the cache's: those that a query sees in the window are hidden (ops/turbo-window.h)
+#define TURBO_HAS_CACHE   2 // keys are the cache's: what a query sees in the window is hidden (ops/turbo-window.h)
 #define TURBO_HAS_TILES   4 // the query has a number for each tile of keys
 #define TURBO_HAS_EXPERTS 8 // each token names the slices of weights for its columns
 
@@ -30,8 +30,8 @@
 #define TURBO_COLUMNS         32 // of a tile of MUL_MAT
 #define TURBO_HIDDEN          (-1.7e38f) // a score that no key has; infinities are nothing that fast math respects
 
-// A tile of 32 decoded rows is multiplied with 8*M rows of floats, of which so many channels are at hand at a time: with
-// many rows half of a block, which costs two barriers and saves 4 KiB of threadgroup memory.
+// A tile of 32 decoded rows is multiplied with 8*M rows of floats, of which so many channels are at hand at a time:
+// with many rows half of a block, which costs two barriers and saves threadgroup memory.
 #define TURBO_CHANNELS(M) ((M) == 4 ? QK_TURBO/2 : QK_TURBO)
 
 // Rows of floats and rows of blocks, or two of blocks. first: of floats, or what is copied; second: of blocks, or the

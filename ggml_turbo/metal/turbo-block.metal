@@ -94,9 +94,10 @@ static inline void turbo_load_tile(int type, device const char * rows, ulong row
     }
 }
 
-// Adds to sums[m] the products of rows 8*m to 8*m + 7 with the rows of a tile, of which a simdgroup has eight; of values
-// `first` to first + 63. The rows are floats, this thread brings those at x + offset[m], 8*m + thread_number/16; memory
-// is for TURBO_CHANNELS(M) of each. By 128 threads. The tile may just have been written; ends with a barrier.
+// Adds to sums[m] the products of rows 8*m to 8*m + 7 with the rows of a tile, of which a simdgroup has eight; of
+// values `first` to first + 63. The rows are floats; this thread brings the rows 8*m + thread_number/16, which are at
+// x + offset[m], to memory for TURBO_CHANNELS(M) values of each. By 128 threads. The tile may just have been written;
+// ends with a barrier.
 template <short M>
 static inline void turbo_multiply_rows(device const char * x, thread const ulong * offset, uint first,
                                        threadgroup const float * tile, threadgroup float * memory,

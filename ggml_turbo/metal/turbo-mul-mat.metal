@@ -1,12 +1,12 @@
-// MUL_MAT and MUL_MAT_ID with weights of our types: a threadgroup has a tile of 32 rows of weights and 32 columns of the
-// other factor at a time, and goes through 64 channels at a time, as turbo-attention.metal does with keys and queries.
+// MUL_MAT and MUL_MAT_ID with weights of our types: a threadgroup has a tile of 32 rows of weights and 32 columns of
+// the other factor, and goes through 64 channels at a time, as turbo-attention.metal does with keys and queries.
 //
-// Of MUL_MAT_ID, where each token names experts, slices of the weights, a first kernel lists the columns of each expert;
-// so an expert's weights are decoded once for 32 of its columns.
+// Of MUL_MAT_ID, where each token names experts, slices of the weights, a first kernel lists the columns of each
+// expert; so an expert's weights are decoded once for 32 of its columns.
 
 TURBO_ASSERT(TURBO_CHANNELS(TURBO_COLUMNS/8) <= TURBO_KEYS, "columns at hand take no more memory than their products");
 
-// For each expert, a simdgroup: how many columns it has, and which, as token*a.n_used + i for the i-th that a token names.
+// For each expert, a simdgroup: how many columns it has, and which; token*a.n_used + i is of the i-th that a token names.
 kernel void turbo_list_columns(
         constant turbo_mul_mat_args & a     [[buffer(0)]],
         device const char           * ids   [[buffer(1)]],
