@@ -6,7 +6,7 @@
 
 TURBO_ASSERT(TURBO_CHANNELS(TURBO_COLUMNS/8) <= TURBO_KEYS, "columns at hand take no more memory than their products");
 
-// For each expert, a simdgroup: how many columns it has, and which; token*a.n_used + i is of the i-th that a token names.
+// For each expert, by a simdgroup: how many columns it has, and which; token*a.n_used + i is the i-th of a token.
 kernel void turbo_list_columns(
         constant turbo_mul_mat_args & a     [[buffer(0)]],
         device const char           * ids   [[buffer(1)]],
