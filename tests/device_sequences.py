@@ -4,13 +4,15 @@ this.
 
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
+import httpx
 import numpy as np
 
 from sequences import Sequences
+from turboquant_gguf.llamacpp import server
 from turboquant_gguf.llamacpp.cachetypes import CacheTypes
 from turboquant_gguf.llamacpp.logits import EXACT, Model
 from turboquant_gguf.llamacpp.placement import Placement
@@ -35,6 +37,23 @@ def everything(cache: Sequences) -> list[np.ndarray]:
     found.append(cache.answer(TOKENS[107:109], 107, 2))
     found.append(cache.prompt(TOKENS[20:60], 3))
     return found
+
+
+def slots(cache: Sequences) -> list[np.ndarray]:
+    """Logits of answers to two prompts: together, a token of each in a batch, as slots of a server are; and apart."""
+    prompts, answers = (TOKENS[:40], TOKENS[90:150]), (TOKENS[160:164], TOKENS[170:174])
+    for sequence, tokens in enumerate(prompts):
+        cache.prompt(tokens, sequence)
+    steps = [
+        cache.read(*((token, len(prompts[i]) + step, i) for i, token in enumerate(pair)))
+        for step, pair in enumerate(zip(*answers, strict=True))
+    ]
+    together = [np.stack(logits) for logits in zip(*steps, strict=True)]
+    apart = []
+    for sequence, (tokens, answer) in enumerate(zip(prompts, answers, strict=True)):
+        cache.prompt(tokens, 2 + sequence)
+        apart.append(cache.answer(answer, len(tokens), 2 + sequence))
+    return together + apart
 
 
 def nothing(cache: Sequences) -> None:
@@ -67,10 +86,32 @@ def _begin(environment: dict[str, str]) -> None:
     os.environ.update(environment)
 
 
+def in_process(environment: dict[str, str], do: Callable, *arguments: object) -> object:
+    """What `do` gives in a process of its own with these variables: a device stays with the process that loaded it."""
+    how = {"mp_context": get_context("spawn"), "initializer": _begin, "initargs": (environment,)}
+    with ProcessPoolExecutor(1, **how) as process:
+        return process.submit(do, *arguments).result()
+
+
 def on_device(environment: dict[str, str], *arguments: object) -> tuple[object, str]:
-    """The same in a process of its own, which has these variables: a device stays with the process that loaded it."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_begin, initargs=(environment,)) as process:
-        return process.submit(run, *arguments).result()
+    """The same as `run`, in such a process."""
+    return in_process(environment, run, *arguments)
+
+
+def served(path: Path, types: CacheTypes, device: str, questions: list[str]) -> tuple[list[dict], list[dict], str]:
+    """Answers of a llama-server with all layers on a device: to all questions at once, to each alone; and its log."""
+
+    def ask(question: str) -> dict:
+        request = {"prompt": question, "temperature": 0, "n_predict": 8, "n_probs": 1, "cache_prompt": False}
+        reply = httpx.post(f"{running.url}/completion", json=request, timeout=600, trust_env=False)
+        return reply.raise_for_status().json()
+
+    # A server that has linked back ends looks for others only when it is asked for a device.
+    more = ("--parallel", str(len(questions)), "--device", device)
+    with server.running(path, types, context=512, placement=Placement(gpu_layers=99), extra_args=more) as running:
+        with ThreadPoolExecutor(len(questions)) as pool:
+            together = list(pool.map(ask, questions))
+        return together, [ask(question) for question in questions], running.log()
 
 
 # ---- the device and the CPU ----
@@ -91,6 +132,23 @@ def require_as_exact(path: Path, expected: list[np.ndarray], found: list[np.ndar
     exact, _ = run(path, EXACT, 0, do, (), {})
     errors = [error(exact, logits) for logits in (expected, found)]
     assert errors[1] < BOUND * errors[0], errors
+
+
+SMALL = 0.05
+"""An error of logits that other orders of summation make, where they move values of a later layer's cache to
+neighbouring codes: a tenth of what the cache types lose.
+"""
+
+
+def require_states_to_move(device: dict[str, str], path: Path, types: CacheTypes, layers: tuple[int, int]) -> None:
+    """A state that is saved with the first number of layers on the device goes on where it was with the second."""
+
+    def run_with(gpu_layers: int, do: Callable, *arguments: object) -> object:
+        where = (on_device, device) if gpu_layers else (run,)
+        return where[0](*where[1:], path, types, gpu_layers, do, arguments, {"window": 32})[0]
+
+    state, expected = run_with(layers[0], save)
+    assert error(expected, run_with(layers[1], restore, state)) < SMALL
 
 
 def both(device: dict[str, str], path: Path, types: CacheTypes, gpu_layers: int = 99, **options: object) -> str:

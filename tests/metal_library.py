@@ -138,9 +138,15 @@ class Kernels:
 
     stock: tuple[str, ...] = ()  # files
     instances: str = ""  # of templates in them: a pattern of names
+    ours: str = ""  # the same of ours
     checked: bool = False  # every memory access of our kernels is
     fast: bool = False  # ours are compiled with fast math, as Metal does it
     changed: tuple[str, str, str] | None = None  # a file of either, a text in it, and what stands there instead
+
+
+def threadgroup_variables(text: str) -> list[str]:
+    """What kernels declare in threadgroup memory themselves."""
+    return [variable for _, variable in _VARIABLE.findall(text)]
 
 
 def supports_op(device: Path) -> str:
@@ -166,7 +172,8 @@ def _write_sources(upstream: Path, folder: Path, kernels: Kernels) -> list[str]:
         else:
             (ours / name).write_text(text.replace(right, wrong))
     units = {name: f"{name}.metal" for name in (*kernels.stock, "turbo")}
-    for name, text in (as_cpp(texts, kernels.instances) | as_cpp({"turbo.metal": flatten.source(ours)})).items():
+    own = {"turbo.metal": flatten.source(ours)}
+    for name, text in (as_cpp(texts, kernels.instances) | as_cpp(own, kernels.ours)).items():
         (generated / name).write_text(text)
     for name, source in units.items():
         library = f'static simt_metal::library simt_library("{name}");'

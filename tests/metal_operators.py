@@ -3,8 +3,10 @@
 test_metal.py runs this, in a process that has the device.
 """
 
+import ctypes
+import os
 from collections.abc import Callable
-from ctypes import c_int, c_void_p
+from ctypes import c_int, c_int64, c_size_t, c_void_p
 from dataclasses import replace
 
 import numpy as np
@@ -28,7 +30,19 @@ POINTERS = {
     "mul_mat_id": 3,
 }
 ggml._PROTOTYPES["ggml-base"] |= {f"ggml_{name}": (c_void_p, *[c_void_p] * (1 + n)) for name, n in POINTERS.items()}
-ggml._PROTOTYPES["ggml-base"]["ggml_concat"] = (c_void_p, c_void_p, c_void_p, c_void_p, c_int)
+ggml._PROTOTYPES["ggml-base"] |= {
+    "ggml_concat": (c_void_p, c_void_p, c_void_p, c_void_p, c_int),
+    "ggml_view_2d": (c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_size_t, c_size_t),
+}
+
+EMULATOR = ctypes.CDLL(os.environ["GGML_BACKEND_PATH"])
+EMULATOR.simt_threadgroup_bytes.restype = c_size_t
+
+
+def require_threadgroup_memory(kernel: str) -> None:
+    """A kernel that was used asked for no more than two threadgroups have beside each other on a device."""
+    assert EMULATOR.simt_dispatches(kernel.encode()) > 0, kernel
+    assert 0 < EMULATOR.simt_threadgroup_bytes(kernel.encode()) <= 16 * 1024, kernel
 
 
 def computed(make: Callable[[ggml.Graph], int], like: np.ndarray) -> np.ndarray:
@@ -58,6 +72,34 @@ def test_products_with_weights_of_ours(type: str, rows: int, columns: int):
     decoded = turboquant_gguf.dequantize(weights, type).reshape(2, rows, 192).repeat(2, 0).astype(np.float64)
     exact, allowed = x @ decoded.transpose(0, 2, 1), np.abs(x) @ np.abs(decoded).transpose(0, 2, 1)
     assert (np.abs(found - exact) <= 2e-6 * allowed).all()
+    require_threadgroup_memory("turbo_mul_mat")
+
+
+@pytest.mark.parametrize("type, tokens, distinct", [("turbo2", 1, 1), ("turbo3", 40, 3), ("turbo4", 101, 1)])
+def test_products_with_experts(type: str, tokens: int, distinct: int):
+    """An expert that no token names, and one that all name, some twice: its columns fill several tiles.
+
+    distinct: columns of a token, one for all of its experts or one for each.
+    """
+    rng = np.random.default_rng(tokens)
+    experts, rows, used = 5, 37, 3
+    weights = turboquant_gguf.quantize(rng.standard_normal((experts, rows, 192)).astype(np.float32), type)
+    x = rng.standard_normal((tokens, distinct, 192)).astype(np.float32)
+    named = np.argsort(rng.random((tokens, experts)), axis=1).astype(np.int32)  # of these the first ones are used
+    named[named == 4] = 2
+    named[:, 1] = 0
+
+    def product(graph: ggml.Graph) -> int:
+        whole = graph.tensor(named, "i32", experts, tokens, 1, 1)
+        ids = graph.operator("ggml_view_2d", whole, used, tokens, 4 * experts, 0)
+        factors = graph.tensor(weights, type, 192, rows, experts, 1), graph.tensor(x, "f32", 192, distinct, tokens, 1)
+        return graph.operator("ggml_mul_mat_id", *factors, ids)
+
+    found = computed(product, np.empty((tokens, used, rows), np.float32))
+    of_token = turboquant_gguf.dequantize(weights, type).reshape(experts, rows, 192)[named[:, :used]].astype(np.float64)
+    x = np.broadcast_to(x, (tokens, used, 192))
+    exact, allowed = (np.einsum("turc,tuc->tur", w, c) for w, c in ((of_token, x), (np.abs(of_token), np.abs(x))))
+    assert (np.abs(found - exact) <= 2e-6 * allowed).all()
 
 
 @pytest.mark.parametrize("type", TURBO)
@@ -82,6 +124,8 @@ def test_copies(type: str):
         blocks,
     )
     assert np.array_equal(of_f16, turboquant_gguf.quantize(half.astype(np.float32), type))
+    require_threadgroup_memory("turbo_encode")
+    require_threadgroup_memory("turbo_decode")
 
 
 # ---- attention ----
@@ -95,10 +139,15 @@ def test_pairs_of_types(type_k: str, type_v: str):
         check(problem(type_v, type_k, (64, 64), 1, 70, seed=2))
 
 
-@pytest.mark.parametrize("sizes", [(192, 192), (256, 256), (512, 512)])
+@pytest.mark.parametrize("size_v, rows", [(64, 32), (128, 32), (192, 32), (256, 32), (320, 16), (512, 16), (576, 16)])
 @pytest.mark.parametrize("queries", [1, 7])
-def test_head_sizes(sizes: tuple[int, int], queries: int):
-    check(problem("turbo3", "turbo4", sizes, queries, 65, heads=6, kv_heads=2, seed=3))
+def test_head_sizes(size_v: int, rows: int, queries: int):
+    """All sizes of values, with keys as large and others; for 3 rows, and for more than a threadgroup has."""
+    rows = 8 if queries == 1 else rows
+    kernel = f"turbo_attention_m{rows // 8}_c{size_v // 64}"
+    for size_k in {size_v} if queries > 1 else {64, size_v, 320}:
+        check(problem("turbo3", "turbo4", (size_k, size_v), queries, 65, heads=6, kv_heads=2, seed=3))
+    require_threadgroup_memory(kernel)
 
 
 @pytest.mark.parametrize("heads, kv_heads", [(1, 1), (5, 5), (12, 1), (20, 2)])
@@ -155,10 +204,13 @@ NODES = {
     "CONCAT": lambda g, turbo, x: g.operator("ggml_concat", turbo, turbo, 1),
     "REPEAT": lambda g, turbo, x: g.operator("ggml_repeat", turbo, turbo),
     "ADD": lambda g, turbo, x: g.operator("ggml_add", turbo, x),
-    "MUL_MAT_ID": lambda g, turbo, x: g.operator(
+    "MUL_MAT with columns in f16": lambda g, turbo, x: g.operator(
+        "ggml_mul_mat", turbo, g.tensor(np.zeros((2, 128), np.float16), "f16", 128, 2, 1, 1)
+    ),
+    "MUL_MAT_ID with columns in f16": lambda g, turbo, x: g.operator(
         "ggml_mul_mat_id",
         turbo,
-        g.tensor(np.zeros((2, 128), np.float32), "f32", 128, 1, 2, 1),
+        g.tensor(np.zeros((2, 128), np.float16), "f16", 128, 1, 2, 1),
         g.tensor(np.zeros(2, np.int32), "i32", 1, 2, 1, 1),
     ),
 }
@@ -176,7 +228,7 @@ def test_what_has_no_kernel_is_refused(name: str):
     assert refused(node)
 
 
-@pytest.mark.parametrize("type_v, sizes", [("q5_1", (64, 64)), ("f16", (64, 80)), ("turbo4", (320, 320))])
+@pytest.mark.parametrize("type_v, sizes", [("q5_1", (64, 64)), ("f16", (64, 80)), ("turbo4", (384, 384))])
 def test_attention_without_a_kernel_is_refused(type_v: str, sizes: tuple[int, int]):
     with pytest.raises(ValueError, match="does not compute"):
         Attention(problem("turbo4", type_v, sizes, 1, 64), device=DEVICE)

@@ -10,7 +10,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -146,14 +145,9 @@ def test_layers_on_both(device, calibrated: Path, gpu_layers: int, options: dict
     assert "recent window: the last 32" in log and "no recent window" not in log
 
 
-@pytest.mark.parametrize("first, second", [(99, 0), (0, 99)])
-def test_a_state_goes_from_a_device_to_the_cpu_and_back(device, plain: Path, first: int, second: int):
-    def run(gpu_layers: int, do: Callable, *arguments: object) -> object:
-        where = (device_sequences.on_device, device) if gpu_layers else (device_sequences.run,)
-        return where[0](*where[1:], plain, TURBO4, gpu_layers, do, arguments, dict(window=32))[0]
-
-    state, expected = run(first, device_sequences.save)
-    assert device_sequences.error(expected, run(second, device_sequences.restore, state)) < 0.05
+@pytest.mark.parametrize("layers", [(99, 0), (0, 99)])
+def test_a_state_goes_from_a_device_to_the_cpu_and_back(device, plain: Path, layers: tuple[int, int]):
+    device_sequences.require_states_to_move(device, plain, TURBO4, layers)
 
 
 @pytest.mark.parametrize(

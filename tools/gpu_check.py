@@ -29,7 +29,11 @@ PROGRAMS = ("test-backend-ops", "llama-perplexity", "llama-bench")
 
 
 class Failed(Exception):
-    """A program ended with an error; the text is its last lines."""
+    """A program ended with an error; the text is its last lines. output: everything that it printed."""
+
+    def __init__(self, text: str, output: str = "") -> None:
+        super().__init__(text)
+        self.output = output
 
 
 def run(*command: object, **environment: str) -> str:
@@ -47,7 +51,8 @@ def run(*command: object, **environment: str) -> str:
     )
     text = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout)
     if done.returncode:
-        raise Failed(f"{' '.join(words)} ended with {done.returncode}:\n" + "\n".join(text.splitlines()[-15:]))
+        last = "\n".join(text.splitlines()[-15:])
+        raise Failed(f"{' '.join(words)} ended with {done.returncode}:\n{last}", text)
     return text
 
 
@@ -81,9 +86,12 @@ def build(folder: Path) -> str:
 
 
 def check_compiler(folder: Path) -> str:
-    """Our Metal kernels by Apple's compiler, which a program would only meet at run time. Warnings are errors: a library that
-    is compiled at run time takes them for one.
+    """Our Metal kernels by Apple's compiler, which a program would only meet at run time.
+
+    Warnings are errors: llama.cpp takes them for some in a library that is compiled at run time.
     """
+    if not first_line("xcrun", "-sdk", "macosx", "metal", "--version"):
+        return "not here: it comes with Xcode, not with the Command Line Tools. The system compiles our kernels below."
     folder.mkdir(parents=True, exist_ok=True)
     source = folder / "turbo.metal"
     run(sys.executable, ROOT / "ggml_turbo" / "metal" / "flatten.py", source)
@@ -109,7 +117,8 @@ def check_operators(programs: Path, device: str) -> str:
     try:
         return operators(run(programs / "test-backend-ops", "test", "-b", device, "-p", "turbo"))
     except Failed as failure:
-        return str(failure)
+        wrong = [line for line in failure.output.splitlines() if "FAIL" in line][:30]
+        raise Failed("\n".join([operators(failure.output), "", *wrong, "", str(failure)])) from None
 
 
 def check_accesses(programs: Path, device: str) -> str:

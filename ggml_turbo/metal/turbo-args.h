@@ -3,9 +3,7 @@
 // What the host tells the kernels. The same text is C++ and Metal. Strides are in bytes unless a comment says
 // otherwise.
 
-#if !defined(__METAL_VERSION__)
-#  include <stdint.h>
-#endif
+#include "format/turbo-block.h"
 
 // Numbers of the function constants. Kernels of one library share them.
 #define TURBO_CONSTANT_TYPE    0 // of floats, or of keys
@@ -21,15 +19,20 @@
 #define TURBO_VALUES_Q8_0 8
 #define TURBO_VALUES_Q4_0 9
 
-// What attention has beside keys and values
-#define TURBO_HAS_MASK  1
-#define TURBO_HAS_CACHE 2 // keys are the cache's: those that a query sees in the window are hidden (ops/turbo-window.h)
-#define TURBO_HAS_TILES 4 // the query has a number for each tile of keys
+// What attention has beside keys and values, and a product beside weights and columns
+#define TURBO_HAS_MASK    1
+#define TURBO_HAS_CACHE   2 // keys are the cache's: what a query sees in the window is hidden (ops/turbo-window.h)
+#define TURBO_HAS_TILES   4 // the query has a number for each tile of keys
+#define TURBO_HAS_EXPERTS 8 // each token names the slices of weights for its columns
 
 #define TURBO_DECODED_AT_ONCE 16 // blocks of a threadgroup of turbo_decode
 #define TURBO_KEYS            32 // of a tile of attention; weight rows of a tile of MUL_MAT
 #define TURBO_COLUMNS         32 // of a tile of MUL_MAT
 #define TURBO_HIDDEN          (-1.7e38f) // a score that no key has; infinities are nothing that fast math respects
+
+// A tile of 32 decoded rows is multiplied with 8*M rows of floats, of which so many channels are at hand at a time:
+// with many rows half of a block, which costs two barriers and saves threadgroup memory.
+#define TURBO_CHANNELS(M) ((M) == 4 ? QK_TURBO/2 : QK_TURBO)
 
 // Rows of floats and rows of blocks, or two of blocks. first: of floats, or what is copied; second: of blocks, or the
 // copy.
@@ -44,11 +47,15 @@ typedef struct {
 
 typedef struct {
     uint32_t n_values, n_rows, n_columns; // of a weight row; weight rows; columns of the other factor and the product
-    uint32_t n_slices;                        // in the third dimension of the product
-    uint32_t repeats_2, repeats_3;            // slices of the product with the same weights
+    uint32_t columns_step;                // from the columns of a threadgroup to its next ones
+    uint32_t distinct;                    // columns of the other factor in a slice; then they repeat
+    uint32_t n_slices;                    // in the third dimension of the product; or experts
+    uint32_t repeats_2, repeats_3;        // slices of the product with the same weights
+    uint32_t n_ids, n_used;               // names of experts: of all tokens, of a token
     uint64_t weight_1, weight_2, weight_3;
     uint64_t column_1, column_2, column_3;
     uint64_t product_1, product_2, product_3;
+    uint64_t id_1, id_2;
 } turbo_mul_mat_args;
 
 // A row is a query of a head; rows of one head of keys are query*group + head % group.
@@ -70,3 +77,32 @@ typedef struct {
     uint32_t n_parts, size_v, group, n_streams, n_kv_heads, padded_rows;
     uint32_t first_query, all_queries, has_sinks;
 } turbo_combine_args;
+
+// Threadgroup memory of the kernels, whose size the host asks for. Codebooks are halves.
+
+typedef struct {
+    uint16_t codebook[TURBO_STATES];
+} turbo_decode_memory;
+
+typedef struct {
+    int8_t   codebook[TURBO_STATES];
+    uint16_t target[2][QK_TURBO]; // by candidate, with 32768 added
+    uint32_t costs[2][2][64];     // of paths that can go on to states with these low bits, before and after
+    uint8_t  decisions[2][QK_TURBO][64]; // by value and low bits: the code of the best state that they follow
+    uint8_t  states[QK_TURBO];
+    float    errors[2];
+} turbo_encode_memory;
+
+typedef struct {
+    float    tile[TURBO_KEYS*QK_TURBO];
+    float    rows[TURBO_COLUMNS*TURBO_KEYS]; // columns of the other factor, then the product
+    uint16_t codebook[TURBO_STATES];
+} turbo_mul_mat_memory;
+
+template <int M> struct turbo_attention_memory {
+    float    tile[TURBO_KEYS*QK_TURBO]; // of keys, then of values
+    float    rows[8*M*TURBO_CHANNELS(M)]; // of queries, then their scores, then their weights
+    float    factors[M*64];               // of what was there before a tile: matrices that are diagonal
+    uint16_t codebook_k[TURBO_STATES], codebook_v[TURBO_STATES];
+    uint32_t seen_by[2][4];               // keys of a tile, as bits, by simdgroup
+};

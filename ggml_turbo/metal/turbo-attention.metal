@@ -44,17 +44,14 @@ kernel void turbo_attention(
         device const char             * window  [[buffer(5)]],
         device const char             * columns [[buffer(6)]],
         device       float            * parts   [[buffer(7)]],
+        threadgroup turbo_attention_memory<M> * memory [[threadgroup(0)]],
         uint3  group         [[threadgroup_position_in_grid]],
         ushort thread_number [[thread_index_in_threadgroup]],
         ushort lane          [[thread_index_in_simdgroup]],
         ushort simd          [[simdgroup_index_in_threadgroup]]) {
-    threadgroup half  codebook_k[TURBO_STATES];
-    threadgroup half  codebook_v[TURBO_STATES];
-    threadgroup float q_tile[8*M*64];
-    threadgroup float tile[TURBO_KEYS*64];
-    threadgroup float weights[8*M*TURBO_KEYS]; // first scores
-    threadgroup float factors[M*64];           // of what was there before a tile: matrices that are diagonal
-    threadgroup uint  seen_by[2][4];           // keys, as bits, by simdgroup
+    threadgroup half  * codebook_k = (threadgroup half *) memory->codebook_k;
+    threadgroup half  * codebook_v = (threadgroup half *) memory->codebook_v;
+    threadgroup float * tile = memory->tile, * weights = memory->rows, * factors = memory->factors;
 
     const uint kv_head = group.y, split = group.z % a.n_splits, stream = group.z/a.n_splits;
     const uint first_row = group.x*8*M, n_rows = a.n_queries*a.group, size_k = constant_size_k;
@@ -72,9 +69,9 @@ kernel void turbo_attention(
 
     // Of scores, a thread has the keys key and key + 16, and the rows row + 8*m.
     const uint key = thread_number % 16, row = thread_number/16;
-    device const char * q_row[M];
     device const char * mask_row[M];
     device const char * window_row[M];
+    ulong of_query[M]; // where its query is; of no row, another's, for what comes of it is nowhere used
     bool  is_row[M];
     float slope[M], largest[M], total[M];
     TURBO_UNROLL for (short m = 0; m < M; ++m) {
@@ -82,7 +79,7 @@ kernel void turbo_attention(
         is_row[m] = r < n_rows;
         const uint of_part = is_row[m] ? r/a.group : 0, query = a.first_query + of_part;
         const uint head = kv_head*a.group + (is_row[m] ? r % a.group : 0);
-        q_row[m]      = q + query*a.q_query + head*a.q_head;
+        of_query[m]   = query*a.q_query + head*a.q_head;
         mask_row[m]   = mask + query*a.mask_query + head % a.mask_heads*a.mask_head
                       + stream % a.mask_streams*a.mask_stream;
         window_row[m] = window + query*a.window_query + stream*a.window_stream;
@@ -125,10 +122,11 @@ kernel void turbo_attention(
         }
         seen = simd_or(seen);
         if (lane == 0) {
-            seen_by[parity][simd] = seen;
+            memory->seen_by[parity][simd] = seen;
         }
         threadgroup_barrier(mem_flags::mem_threadgroup);
-        seen = seen_by[parity][0] | seen_by[parity][1] | seen_by[parity][2] | seen_by[parity][3];
+        threadgroup const uint * by = memory->seen_by[parity];
+        seen = by[0] | by[1] | by[2] | by[3];
         if (seen == 0) {
             continue;
         }
@@ -140,22 +138,7 @@ kernel void turbo_attention(
         }
         for (uint d = 0; d < size_k; d += 64) {
             turbo_load_tile(constant_type, k + first*a.k_key, a.k_key, d, seen, codebook_k, tile, thread_number);
-            TURBO_UNROLL for (short m = 0; m < M; ++m) {
-                for (uint i = 0; i < 4; ++i) {
-                    const uint at = key + 16*i;
-                    q_tile[(row + 8*m)*64 + at] = is_row[m] ? ((device const float *) q_row[m])[d + at] : 0.0f;
-                }
-            }
-            threadgroup_barrier(mem_flags::mem_threadgroup);
-            for (short i = 0; i < 8; ++i) {
-                simdgroup_float8x8 of_keys, of_queries;
-                simdgroup_load(of_keys, tile + 8*simd*64 + 8*i, 64, 0, true);
-                TURBO_UNROLL for (short m = 0; m < M; ++m) {
-                    simdgroup_load(of_queries, q_tile + 8*m*64 + 8*i, 64);
-                    simdgroup_multiply_accumulate(score[m], of_queries, of_keys, score[m]);
-                }
-            }
-            threadgroup_barrier(mem_flags::mem_threadgroup);
+            turbo_multiply_rows<M>(q, of_query, d, tile, memory->rows, score, thread_number, simd);
         }
         TURBO_UNROLL for (short m = 0; m < M; ++m) {
             simdgroup_store(score[m], weights + 8*m*TURBO_KEYS + 8*simd, TURBO_KEYS);
@@ -171,7 +154,8 @@ kernel void turbo_attention(
                 if (bias[m][j] > TURBO_HIDDEN) {
                     float product = of_row[16*j];
                     if (constant_flags & TURBO_HAS_TILES) {
-                        product += ((device const float *) q_row[m])[size_k + tiles[first + key + 16*j]];
+                        device const float * biases = (device const float *) (q + of_query[m]) + size_k;
+                        product += biases[tiles[first + key + 16*j]];
                     }
                     x[j] = product*a.scale;
                     x[j] = a.softcap != 0.0f ? a.softcap*precise::tanh(x[j]/a.softcap) : x[j];
@@ -242,12 +226,16 @@ template [[host_name("turbo_attention_m1_c1")]] kernel turbo_attention_t turbo_a
 template [[host_name("turbo_attention_m1_c2")]] kernel turbo_attention_t turbo_attention<1, 2>;
 template [[host_name("turbo_attention_m1_c3")]] kernel turbo_attention_t turbo_attention<1, 3>;
 template [[host_name("turbo_attention_m1_c4")]] kernel turbo_attention_t turbo_attention<1, 4>;
+template [[host_name("turbo_attention_m1_c5")]] kernel turbo_attention_t turbo_attention<1, 5>;
 template [[host_name("turbo_attention_m1_c8")]] kernel turbo_attention_t turbo_attention<1, 8>;
+template [[host_name("turbo_attention_m1_c9")]] kernel turbo_attention_t turbo_attention<1, 9>;
 template [[host_name("turbo_attention_m4_c1")]] kernel turbo_attention_t turbo_attention<4, 1>;
 template [[host_name("turbo_attention_m4_c2")]] kernel turbo_attention_t turbo_attention<4, 2>;
 template [[host_name("turbo_attention_m4_c3")]] kernel turbo_attention_t turbo_attention<4, 3>;
 template [[host_name("turbo_attention_m4_c4")]] kernel turbo_attention_t turbo_attention<4, 4>;
+template [[host_name("turbo_attention_m2_c5")]] kernel turbo_attention_t turbo_attention<2, 5>;
 template [[host_name("turbo_attention_m2_c8")]] kernel turbo_attention_t turbo_attention<2, 8>;
+template [[host_name("turbo_attention_m2_c9")]] kernel turbo_attention_t turbo_attention<2, 9>;
 
 // The result of attention from its parts: a threadgroup a row.
 kernel void turbo_combine(

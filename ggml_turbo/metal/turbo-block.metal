@@ -43,7 +43,7 @@ static inline float4 turbo_block_values(int k, device const ushort * block, uint
     const float scale = as_type<float>(turbo_scale_to_float(k, turbo_header_scale(k, (int) block[0])));
     float4 values;
     TURBO_UNROLL for (uint j = 0; j < 4; ++j) {
-        values[j] = turbo_value(scale, (int) codebook[bits >> k*j & 255]);
+        values[j] = scale*(float) codebook[bits >> k*j & 255]; // turbo_value, whose entry is an integer
     }
     return values;
 }
@@ -91,5 +91,34 @@ static inline void turbo_load_tile(int type, device const char * rows, ulong row
         to[1] = values.y;
         to[2] = values.z;
         to[3] = values.w;
+    }
+}
+
+// Adds to sums[m] the products of rows 8*m to 8*m + 7 with the rows of a tile, of which a simdgroup has eight; of
+// values `first` to first + 63. The rows are floats; this thread brings the rows 8*m + thread_number/16, which are at
+// x + offset[m], to memory for TURBO_CHANNELS(M) values of each. By 128 threads. The tile may just have been written;
+// ends with a barrier.
+template <short M>
+static inline void turbo_multiply_rows(device const char * x, thread const ulong * offset, uint first,
+                                       threadgroup const float * tile, threadgroup float * memory,
+                                       thread simdgroup_float8x8 * sums, uint thread_number, uint simd) {
+    const short channels = TURBO_CHANNELS(M);
+    for (short c = 0; c < QK_TURBO; c += channels) {
+        TURBO_UNROLL for (short m = 0; m < M; ++m) {
+            device const float * from = (device const float *) (x + offset[m]) + first + c;
+            for (uint i = thread_number % 16; i < channels; i += 16) {
+                memory[(thread_number/16 + 8*m)*channels + i] = from[i];
+            }
+        }
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+        for (short i = 0; i < channels; i += 8) {
+            simdgroup_float8x8 of_tile, of_rows;
+            simdgroup_load(of_tile, tile + 8*simd*QK_TURBO + c + i, QK_TURBO, 0, true);
+            TURBO_UNROLL for (short m = 0; m < M; ++m) {
+                simdgroup_load(of_rows, memory + 8*m*channels + i, channels);
+                simdgroup_multiply_accumulate(sums[m], of_rows, of_tile, sums[m]);
+            }
+        }
+        threadgroup_barrier(mem_flags::mem_threadgroup);
     }
 }

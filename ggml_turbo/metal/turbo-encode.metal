@@ -67,17 +67,12 @@ kernel void turbo_encode(
         device const char        * floats [[buffer(1)]],
         device       char        * blocks [[buffer(2)]],
         device const char        * index  [[buffer(3)]],
+        threadgroup turbo_encode_memory * memory [[threadgroup(0)]],
         uint3  group     [[threadgroup_position_in_grid]],
         ushort lane      [[thread_index_in_simdgroup]],
         ushort candidate [[simdgroup_index_in_threadgroup]]) {
     const int k = constant_bits, n_shared = TURBO_SHARED(k), codes = TURBO_CODES(k);
     const int per_lane = TURBO_STATES/32;
-    threadgroup char   codebook[TURBO_STATES];
-    threadgroup ushort target[2][QK_TURBO]; // with 32768 added
-    threadgroup uint   costs[2][2][64];     // of paths that can go on to states with these low bits, before and after
-    threadgroup uchar  decisions[2][QK_TURBO][64]; // by value and low bits: the code of the best state that they follow
-    threadgroup uchar  states[QK_TURBO];
-    threadgroup float  errors[2];
 
     uint  unit;
     ulong of_floats, of_blocks;
@@ -87,7 +82,7 @@ kernel void turbo_encode(
     device const char * x   = floats + of_floats + (ulong) unit*QK_TURBO*(constant_type == TURBO_VALUES_F16 ? 2 : 4);
     device uchar      * out = (device uchar *) blocks + of_blocks + (ulong) unit*TURBO_BLOCK_BYTES(k);
     for (int s = lane + 32*candidate; s < TURBO_STATES; s += 64) {
-        codebook[s] = turbo_codebook(k)[s];
+        memory->codebook[s] = turbo_codebook(k)[s];
     }
 
     // Without NaN, infinities and what overflows. Both halves of the simdgroup have all 64 values.
@@ -129,11 +124,11 @@ kernel void turbo_encode(
     const float units = turbo_units(k, code);
     if (lane < 16) {
         TURBO_UNROLL for (int j = 0; j < 4; ++j) {
-            target[candidate][lane + 16*j] = (ushort) ((int) rint(turbo_limit_target(value[j]*units)) + 32768);
+            memory->target[candidate][lane + 16*j] = (ushort) ((int) rint(turbo_limit_target(value[j]*units)) + 32768);
         }
     }
     for (int u = lane; u < n_shared; u += 32) {
-        costs[candidate][0][u] = 0; // every start is free
+        memory->costs[candidate][0][u] = 0; // every start is free
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
 
@@ -142,12 +137,12 @@ kernel void turbo_encode(
     const int each = min(codes, per_lane), outs = per_lane/each, lanes = codes/each, before = per_lane*lane % n_shared;
     int entry[8];
     TURBO_UNROLL for (int j = 0; j < per_lane; ++j) {
-        entry[j] = codebook[per_lane*lane + j];
+        entry[j] = memory->codebook[per_lane*lane + j];
     }
     uint total = 0;
     for (int i = 0; i < QK_TURBO; ++i) {
-        const int t = (int) target[candidate][i] - 32768;
-        threadgroup const uint * from = costs[candidate][i % 2];
+        const int t = (int) memory->target[candidate][i] - 32768;
+        threadgroup const uint * from = memory->costs[candidate][i % 2];
         uint next[2] = { ~0u, ~0u }; // cost and, below it, the code: of equal costs the smaller state
         TURBO_UNROLL for (int j = 0; j < per_lane; ++j) {
             const uint cost = (uint) turbo_path_cost((int) from[before + j], t, entry[j]);
@@ -166,8 +161,8 @@ kernel void turbo_encode(
             TURBO_UNROLL for (int o = 0; o < 2; ++o) {
                 const int u = lane/lanes*outs + o;
                 if (o < outs) {
-                    costs[candidate][(i + 1) % 2][u] = next[o] >> 4;
-                    decisions[candidate][i][u] = next[o] & 15;
+                    memory->costs[candidate][(i + 1) % 2][u] = next[o] >> 4;
+                    memory->decisions[candidate][i][u] = next[o] & 15;
                 }
             }
         }
@@ -178,37 +173,37 @@ kernel void turbo_encode(
     const float square = turbo_rounded(scale*scale, lane);
     const float error  = turbo_rounded((float) total*square, lane);
     if (lane == 0) {
-        errors[candidate] = error;
+        memory->errors[candidate] = error;
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    if (candidate != (errors[1] < errors[0] ? 1 : 0)) {
+    if (candidate != (memory->errors[1] < memory->errors[0] ? 1 : 0)) {
         return;
     }
 
     // The states of the best path; ties go to the smaller state.
     uint best = ~0u;
     for (int u = lane; u < n_shared; u += 32) {
-        best = min(best, costs[candidate][QK_TURBO % 2][u] << 8 | (uint) u);
+        best = min(best, memory->costs[candidate][QK_TURBO % 2][u] << 8 | (uint) u);
     }
     uint shared_bits = simd_min(best) & 255;
     if (lane == 0) {
         for (int i = QK_TURBO - 1; i >= 0; --i) {
-            const uint state = shared_bits*codes + decisions[candidate][i][shared_bits];
-            states[i]   = state;
+            const uint state = shared_bits*codes + memory->decisions[candidate][i][shared_bits];
+            memory->states[i]   = state;
             shared_bits = state % n_shared;
         }
     }
     simdgroup_barrier(mem_flags::mem_threadgroup);
     int cc = 0;
     for (int i = lane; i < QK_TURBO; i += 32) {
-        const int e = codebook[states[i]];
+        const int e = memory->codebook[memory->states[i]];
         cc += e*e;
     }
-    const int header = turbo_header(k, turbo_fit_scale(k, code, energy, simd_sum(cc), lane), states[0]);
+    const int header = turbo_header(k, turbo_fit_scale(k, code, energy, simd_sum(cc), lane), memory->states[0]);
     if (lane < QK_TURBO/8) { // eight codes, k bytes
         uint packed_codes = 0;
         for (int j = 0; j < 8; ++j) {
-            packed_codes |= (uint) turbo_state_code(k, states[8*lane + j]) << k*j;
+            packed_codes |= (uint) turbo_state_code(k, memory->states[8*lane + j]) << k*j;
         }
         for (int j = 0; j < k; ++j) {
             out[TURBO_HEADER_BITS/8 + k*lane + j] = packed_codes >> 8*j & 255;

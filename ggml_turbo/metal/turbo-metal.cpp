@@ -22,17 +22,18 @@ static const char turbo_source[] =
 
 // ---- pipelines and dispatches ----
 
-// What a device has of ours: kernels, which are compiled when the first node needs them, and memory for the parts of
-// attention. That is behind no result, where llama.cpp has such memory for its own operators: it allows none to others.
+// What a device has of ours: kernels, which are compiled when the first node needs them, and memory for what kernels of
+// one node leave to each other. That is behind no result, where llama.cpp has such memory: it allows none to others.
 // A buffer that has become too small may still be read by commands that wait, so it stays until the end; sizes double,
 // so that all of them take no more than twice the last one.
 struct turbo_device {
-    ggml_metal_library_t             library = nullptr;
-    std::vector<ggml_metal_buffer_t> parts;
-    size_t                           parts_bytes = 0;
+    ggml_metal_library_t             library = nullptr; // null, too, if the system's compiler does not take the source
+    bool                             is_compiled = false;
+    std::vector<ggml_metal_buffer_t> scratch;
+    size_t                           scratch_bytes = 0;
 
     ~turbo_device() { // before the device, which was there before this
-        for (ggml_metal_buffer_t buffer : parts) {
+        for (ggml_metal_buffer_t buffer : scratch) {
             ggml_metal_buffer_free(buffer);
         }
         ggml_metal_library_free(library);
@@ -48,26 +49,26 @@ static turbo_device & turbo_of(ggml_metal_device_t device) {
 
 static ggml_metal_library_t turbo_library(ggml_metal_device_t device) {
     const std::lock_guard<std::mutex> lock(turbo_mutex);
-    ggml_metal_library_t & library = turbo_of(device).library;
-    if (!library) {
-        library = ggml_metal_library_init_from_source(device, turbo_source, true);
-        GGML_ASSERT(library && "the kernels of the turbo types cannot be compiled");
+    turbo_device & of_device = turbo_of(device);
+    if (!of_device.is_compiled) {
+        of_device.library     = ggml_metal_library_init_from_source(device, turbo_source, true);
+        of_device.is_compiled = true;
     }
-    return library;
+    return of_device.library;
 }
 
-static ggml_metal_buffer_id turbo_parts(ggml_metal_device_t device, size_t bytes) {
+static ggml_metal_buffer_id turbo_scratch(ggml_metal_device_t device, size_t bytes) {
     const std::lock_guard<std::mutex> lock(turbo_mutex);
     turbo_device & of_device = turbo_of(device);
-    if (of_device.parts_bytes < bytes) {
-        of_device.parts_bytes = 1 << 20;
-        while (of_device.parts_bytes < bytes) {
-            of_device.parts_bytes *= 2;
+    if (of_device.scratch_bytes < bytes) {
+        of_device.scratch_bytes = 1 << 20;
+        while (of_device.scratch_bytes < bytes) {
+            of_device.scratch_bytes *= 2;
         }
-        of_device.parts.push_back(ggml_metal_buffer_init(device, of_device.parts_bytes, false));
-        GGML_ASSERT(of_device.parts.back() && "there is no memory for the parts of attention");
+        of_device.scratch.push_back(ggml_metal_buffer_init(device, of_device.scratch_bytes, false));
+        GGML_ASSERT(of_device.scratch.back() && "there is no memory for the parts of attention, or lists of columns");
     }
-    ggml_metal_buffer_t buffer = of_device.parts.back();
+    ggml_metal_buffer_t buffer = of_device.scratch.back();
     ggml_tensor whole = {};
     whole.type  = GGML_TYPE_I8;
     whole.ne[0] = (int64_t) bytes;
@@ -116,12 +117,15 @@ struct turbo_grid {
 template <typename args_t>
 static void turbo_dispatch(
         ggml_metal_encoder_t encoder, ggml_metal_pipeline_with_params pipeline, args_t args,
-        std::initializer_list<ggml_metal_buffer_id> buffers, turbo_grid grid, int threads) {
+        std::initializer_list<ggml_metal_buffer_id> buffers, size_t threadgroup_bytes, turbo_grid grid, int threads) {
     ggml_metal_encoder_set_pipeline(encoder, pipeline);
     ggml_metal_encoder_set_bytes(encoder, &args, sizeof(args), 0);
     int i = 1;
     for (const ggml_metal_buffer_id & buffer : buffers) {
         ggml_metal_encoder_set_buffer(encoder, buffer, i++);
+    }
+    if (threadgroup_bytes > 0) {
+        ggml_metal_encoder_set_threadgroup_memory_size(encoder, GGML_PAD(threadgroup_bytes, 16), 0);
     }
     ggml_metal_encoder_dispatch_threadgroups(encoder, (int) grid.x, (int) grid.y, (int) grid.z, threads, 1, 1);
 }
@@ -223,6 +227,7 @@ static void turbo_dispatch_rows(
             { TURBO_CONSTANT_INDEX, index ? (int) ggml_type_size(index->type) : 0 },
         }),
         args, { turbo_buffer(first), turbo_buffer(second), turbo_buffer(index ? index : first) },
+        encodes ? sizeof(turbo_encode_memory) : copies ? 0 : sizeof(turbo_decode_memory),
         { turbo_ceil(units, at_once), args.n2, args.n3 }, encodes ? 64 : 16*TURBO_DECODED_AT_ONCE);
 }
 
@@ -246,7 +251,7 @@ static void turbo_encode_copy(ggml_metal_device_t device, ggml_metal_encoder_t e
     turbo_dispatch_rows(device, encoder, turbo_copy_kernel, op->src[0], op, nullptr);
 }
 
-// ---- MUL_MAT ----
+// ---- MUL_MAT, MUL_MAT_ID ----
 
 static bool turbo_takes_mul_mat(const ggml_tensor * op) {
     const ggml_tensor * weights = op->src[0], * columns = op->src[1];
@@ -254,21 +259,46 @@ static bool turbo_takes_mul_mat(const ggml_tensor * op) {
         && columns->nb[0] == sizeof(float) && op->type == GGML_TYPE_F32 && op->nb[0] == sizeof(float);
 }
 
+static bool turbo_takes_mul_mat_id(const ggml_tensor * op) {
+    return turbo_takes_mul_mat(op) && turbo_are_indices(op->src[2]) && op->src[2]->type == GGML_TYPE_I32
+        && turbo_is_counted(op->src[2]);
+}
+
 static void turbo_encode_mul_mat(ggml_metal_device_t device, ggml_metal_encoder_t encoder, const ggml_tensor * op) {
-    const ggml_tensor * weights = op->src[0], * columns = op->src[1];
+    const ggml_tensor * weights = op->src[0], * columns = op->src[1], * ids = op->src[2];
     turbo_mul_mat_args args = {};
     args.n_values  = (uint32_t) weights->ne[0];
     args.n_rows    = (uint32_t) weights->ne[1];
-    args.n_columns = (uint32_t) columns->ne[1];
+    args.n_columns = (uint32_t) op->ne[1];
+    args.distinct  = (uint32_t) columns->ne[1];
     args.n_slices  = (uint32_t) op->ne[2];
     args.repeats_2 = (uint32_t) (op->ne[2]/weights->ne[2]), args.repeats_3 = (uint32_t) (op->ne[3]/weights->ne[3]);
     args.weight_1 = weights->nb[1], args.weight_2 = weights->nb[2], args.weight_3 = weights->nb[3];
     args.column_1 = columns->nb[1], args.column_2 = columns->nb[2], args.column_3 = columns->nb[3];
     args.product_1 = op->nb[1], args.product_2 = op->nb[2], args.product_3 = op->nb[3];
+    ggml_metal_buffer_id lists = turbo_buffer(columns);
+    if (ids) {
+        args.n_slices  = (uint32_t) weights->ne[2];
+        args.repeats_2 = 1;
+        args.n_used    = (uint32_t) ids->ne[0], args.n_ids = (uint32_t) ggml_nelements(ids);
+        args.id_1 = ids->nb[0], args.id_2 = ids->nb[1];
+        args.n_columns = (uint32_t) ids->ne[1]; // of an expert, unless a token names it twice
+        lists = turbo_scratch(device, args.n_slices*(1 + (size_t) args.n_ids)*sizeof(uint32_t));
+        ggml_metal_encoder_memory_barrier(encoder); // what was there has been read
+        turbo_dispatch(
+            encoder, turbo_pipeline(device, "turbo_list_columns", {}), args, { turbo_buffer(ids), lists }, 0,
+            { args.n_slices, 1, 1 }, 32);
+        ggml_metal_encoder_memory_barrier(encoder);
+    }
+    const int64_t n_groups = turbo_ceil(args.n_columns, TURBO_COLUMNS);
+    args.columns_step = (uint32_t) n_groups*TURBO_COLUMNS;
     turbo_dispatch(
-        encoder, turbo_pipeline(device, "turbo_mul_mat", { { TURBO_CONSTANT_BITS, turbo_bits(weights->type) } }), args,
-        { turbo_buffer(weights), turbo_buffer(columns), turbo_buffer(op) },
-        { turbo_ceil(args.n_rows, TURBO_KEYS), turbo_ceil(args.n_columns, TURBO_COLUMNS), op->ne[2]*op->ne[3] }, 128);
+        encoder,
+        turbo_pipeline(device, "turbo_mul_mat", {
+            { TURBO_CONSTANT_BITS, turbo_bits(weights->type) }, { TURBO_CONSTANT_FLAGS, ids ? TURBO_HAS_EXPERTS : 0 },
+        }),
+        args, { turbo_buffer(weights), turbo_buffer(columns), turbo_buffer(op), lists }, sizeof(turbo_mul_mat_memory),
+        { turbo_ceil(args.n_rows, TURBO_KEYS), n_groups, ids ? args.n_slices : op->ne[2]*op->ne[3] }, 128);
 }
 
 // ---- attention ----
@@ -280,7 +310,21 @@ static const int64_t TURBO_SPLIT_TILES   = 8; // of a part, at least
 static const int64_t TURBO_PARTS_BYTES = 32ll << 20;
 
 static bool turbo_has_kernel(int64_t size_v) {
-    return size_v == 64 || size_v == 128 || size_v == 192 || size_v == 256 || size_v == 512;
+    return size_v == 64 || size_v == 128 || size_v == 192 || size_v == 256 || size_v == 320 || size_v == 512
+        || size_v == 576;
+}
+
+// Of a threadgroup: as many as its registers hold the results of.
+static int64_t turbo_rows_at_once(int64_t n_rows, int64_t size_v) {
+    return n_rows <= 8 ? 8 : size_v > 256 ? 16 : 32;
+}
+
+// The most threadgroup memory that kernels may take: half of what a device has, so that two fit beside each other.
+static const size_t TURBO_MOST_BYTES = 16*1024;
+
+static size_t turbo_attention_bytes(int64_t rows_at_once) {
+    return rows_at_once == 8  ? sizeof(turbo_attention_memory<1>)
+         : rows_at_once == 16 ? sizeof(turbo_attention_memory<2>) : sizeof(turbo_attention_memory<4>);
 }
 
 static bool turbo_is_read(const ggml_tensor * t) {
@@ -350,7 +394,7 @@ struct turbo_attention_plan {
             sources.push_back({ new_k, new_v, window, 2*n_slots, 0, new_k, new_v, flags, new_tile, 1, new_k->ne[1] });
         }
         // Few queries read many keys: the cache is split, so that there is work for the whole device.
-        rows_at_once = n_queries*group <= 8 ? 8 : size_v == 512 ? 16 : 32;
+        rows_at_once = turbo_rows_at_once(n_queries*group, size_v);
         const int64_t n_groups = turbo_ceil(n_queries*group, rows_at_once)*n_kv_heads*n_streams;
         const int64_t tiles    = turbo_ceil(n_kv, TURBO_KEYS);
         const int64_t most     = std::min(TURBO_WANTED_GROUPS/n_groups, turbo_ceil(tiles, TURBO_SPLIT_TILES));
@@ -380,7 +424,7 @@ static void turbo_encode_attention(ggml_metal_device_t device, ggml_metal_encode
     float factors[3];
     memcpy(factors, has_window ? (const void *) turbo_window_params(op) : op->op_params, sizeof(factors));
     const float scale = factors[0], max_bias = factors[1], softcap = factors[2];
-    const ggml_metal_buffer_id parts = turbo_parts(device, plan.parts_bytes), of_q = turbo_buffer(q);
+    const ggml_metal_buffer_id parts = turbo_scratch(device, plan.parts_bytes), of_q = turbo_buffer(q);
     const std::string m = std::to_string(plan.rows_at_once/8), c = std::to_string(plan.size_v/64);
     const std::string kernel = "turbo_attention_m" + m + "_c" + c;
 
@@ -421,6 +465,7 @@ static void turbo_encode_attention(ggml_metal_device_t device, ggml_metal_encode
                 { of_q, turbo_buffer(source.k_memory), turbo_buffer(source.v_memory, source.v_offset),
                   mask ? turbo_buffer(mask, source.mask_offset) : of_q, window ? turbo_buffer(window) : of_q,
                   columns ? turbo_buffer(columns) : of_q, parts },
+                turbo_attention_bytes(plan.rows_at_once),
                 { padded_rows/plan.rows_at_once, plan.n_kv_heads, plan.n_streams*source.n_splits }, 128);
             first_part += source.n_splits;
         }
@@ -434,7 +479,7 @@ static void turbo_encode_attention(ggml_metal_device_t device, ggml_metal_encode
         args.has_sinks   = sinks != nullptr;
         turbo_dispatch(
             encoder, turbo_pipeline(device, "turbo_combine", {}), args,
-            { parts, sinks ? turbo_buffer(sinks) : parts, turbo_buffer(op) },
+            { parts, sinks ? turbo_buffer(sinks) : parts, turbo_buffer(op) }, 0,
             { plan.n_heads, n_now, plan.n_streams }, 64);
     }
 }
@@ -455,21 +500,22 @@ struct turbo_operator {
 // Everything that devices do with our types. A node is computed by the first line that takes it; of nodes with our
 // types no others are taken.
 static const turbo_operator turbo_operators[] = {
-    { GGML_OP_SET_ROWS,       turbo_takes_set_rows,  turbo_encode_set_rows },
-    { GGML_OP_GET_ROWS,       turbo_takes_get_rows,  turbo_encode_get_rows },
-    { GGML_OP_CPY,            turbo_takes_encoding,  turbo_encode_encoding },
-    { GGML_OP_CPY,            turbo_takes_decoding,  turbo_encode_decoding },
-    { GGML_OP_CPY,            turbo_takes_copy,      turbo_encode_copy },
-    { GGML_OP_DUP,            turbo_takes_copy,      turbo_encode_copy },
-    { GGML_OP_CONT,           turbo_takes_copy,      turbo_encode_copy },
-    { GGML_OP_FLASH_ATTN_EXT, turbo_takes_attention, turbo_encode_attention },
-    { GGML_OP_CUSTOM,         turbo_takes_window,    turbo_encode_attention },
-    { GGML_OP_MUL_MAT,        turbo_takes_mul_mat,   turbo_encode_mul_mat },
-    { GGML_OP_NONE,           turbo_takes_any,       nullptr },
-    { GGML_OP_RESHAPE,        turbo_takes_any,       nullptr },
-    { GGML_OP_VIEW,           turbo_takes_any,       nullptr },
-    { GGML_OP_PERMUTE,        turbo_takes_any,       nullptr },
-    { GGML_OP_TRANSPOSE,      turbo_takes_any,       nullptr },
+    { GGML_OP_SET_ROWS,       turbo_takes_set_rows,   turbo_encode_set_rows },
+    { GGML_OP_GET_ROWS,       turbo_takes_get_rows,   turbo_encode_get_rows },
+    { GGML_OP_CPY,            turbo_takes_encoding,   turbo_encode_encoding },
+    { GGML_OP_CPY,            turbo_takes_decoding,   turbo_encode_decoding },
+    { GGML_OP_CPY,            turbo_takes_copy,       turbo_encode_copy },
+    { GGML_OP_DUP,            turbo_takes_copy,       turbo_encode_copy },
+    { GGML_OP_CONT,           turbo_takes_copy,       turbo_encode_copy },
+    { GGML_OP_FLASH_ATTN_EXT, turbo_takes_attention,  turbo_encode_attention },
+    { GGML_OP_CUSTOM,         turbo_takes_window,     turbo_encode_attention },
+    { GGML_OP_MUL_MAT,        turbo_takes_mul_mat,    turbo_encode_mul_mat },
+    { GGML_OP_MUL_MAT_ID,     turbo_takes_mul_mat_id, turbo_encode_mul_mat },
+    { GGML_OP_NONE,           turbo_takes_any,        nullptr },
+    { GGML_OP_RESHAPE,        turbo_takes_any,        nullptr },
+    { GGML_OP_VIEW,           turbo_takes_any,        nullptr },
+    { GGML_OP_PERMUTE,        turbo_takes_any,        nullptr },
+    { GGML_OP_TRANSPOSE,      turbo_takes_any,        nullptr },
 };
 
 bool ggml_metal_turbo_is_ours(const ggml_tensor * op) {
@@ -493,8 +539,9 @@ static const turbo_operator * turbo_find_operator(const ggml_tensor * op) {
 static const char * turbo_missing(ggml_metal_device_t device) {
     const ggml_metal_device_props * props = ggml_metal_device_get_props(device);
     const bool   has_simd = props->has_simdgroup_mm && props->has_simdgroup_reduction;
-    const char * missing  = !has_simd                                       ? "matrices of SIMD groups (Apple7)"
-                          : props->max_theadgroup_memory_size < 32*1024 ? "32 KiB of threadgroup memory" : nullptr;
+    const char * missing  = !has_simd                                        ? "matrices of SIMD groups (Apple7)"
+                          : props->max_theadgroup_memory_size < TURBO_MOST_BYTES ? "16 KiB of threadgroup memory"
+                          : !turbo_library(device)             ? "compiler that takes our kernels, see above" : nullptr;
     static std::once_flag said;
     if (missing) {
         std::call_once(said, [&] {

@@ -24,9 +24,10 @@ kernel void turbo_decode(
         device       char        * floats [[buffer(1)]],
         device const char        * blocks [[buffer(2)]],
         device const char        * index  [[buffer(3)]],
+        threadgroup turbo_decode_memory * memory [[threadgroup(0)]],
         uint3  group         [[threadgroup_position_in_grid]],
         ushort thread_number [[thread_index_in_threadgroup]]) {
-    threadgroup half codebook[TURBO_STATES];
+    threadgroup half * codebook = (threadgroup half *) memory->codebook;
     turbo_copy_codebook(constant_bits, codebook, thread_number, 16*TURBO_DECODED_AT_ONCE);
     threadgroup_barrier(mem_flags::mem_threadgroup);
     uint  unit;

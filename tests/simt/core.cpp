@@ -110,8 +110,9 @@ struct fiber {
     place     where;
 };
 
-built_in current;
-bool     checked;
+built_in      current;
+bool          checked;
+access_counts counted;
 
 namespace {
 
@@ -568,6 +569,7 @@ void access(const void * address, size_t size, bool write, const void * code) {
                      source_of(code).c_str());
             }
         }
+        ++(write ? counted.shared_writes : counted.shared_reads)[size <= 16 ? size : 0];
         const auto where = [](size_t) { return std::string("shared memory"); };
         access_bytes(&shared_states[(size_t) (at - shared.begin)], size, write, where, code, true);
         return;
@@ -576,6 +578,7 @@ void access(const void * address, size_t size, bool write, const void * code) {
         if (at < a.pages || at >= a.pages_end) {
             continue;
         }
+        ++(write ? counted.array_writes : counted.array_reads)[size <= 16 ? size : 0];
         const uint8_t * end = a.begin + a.bytes;
         // Words that hold bytes of the array may be read as a whole: no allocation of a device ends within one.
         const bool touches = (uintptr_t) at % size == 0 && size <= 4 && at < end && at + size > a.begin;

@@ -52,4 +52,6 @@ const library * find(const char * kernel, entry & run);
 // Memory that the encoder gave a length.
 void * threadgroup_memory();
 
+extern uint64_t matrix_products; // of 8x8 values, so far
+
 } // namespace simt_metal

@@ -52,6 +52,8 @@ void * threadgroup_memory() {
     return memory_of_threadgroup;
 }
 
+uint64_t matrix_products;
+
 } // namespace simt_metal
 
 struct constant_value {
@@ -97,13 +99,24 @@ struct ggml_metal {
     ggml_metal_event    event;
 };
 
-static std::mutex                 one_at_a_time; // the emulator has one device
-static std::map<std::string, int> dispatches;
+static std::mutex                    one_at_a_time; // the emulator has one device
+static std::map<std::string, int>    dispatches;
+static std::map<std::string, size_t> threadgroup_bytes;
 
-// How often a kernel was dispatched so far.
+// How often a kernel was dispatched so far, and the most threadgroup memory that the host asked for.
 extern "C" int simt_dispatches(const char * kernel) {
     return dispatches[kernel];
 }
+extern "C" size_t simt_threadgroup_bytes(const char * kernel) {
+    return threadgroup_bytes[kernel];
+}
+
+// What all kernels did so far: accesses, where they are checked, by their bytes, and products of matrices.
+extern "C" uint64_t simt_array_reads(int bytes)   { return simt::counted.array_reads[bytes]; }
+extern "C" uint64_t simt_array_writes(int bytes)  { return simt::counted.array_writes[bytes]; }
+extern "C" uint64_t simt_shared_reads(int bytes)  { return simt::counted.shared_reads[bytes]; }
+extern "C" uint64_t simt_shared_writes(int bytes) { return simt::counted.shared_writes[bytes]; }
+extern "C" uint64_t simt_matrix_products(void)    { return simt_metal::matrix_products; }
 
 extern "C" {
 
@@ -120,7 +133,7 @@ int ggml_metal_pipeline_max_theads_per_threadgroup(ggml_metal_pipeline_with_para
 ggml_metal_library_t ggml_metal_library_init(ggml_metal_device_t device) { return &device->library; }
 // What the source says was compiled before; it is one of those that are linked here.
 ggml_metal_library_t ggml_metal_library_init_from_source(ggml_metal_device_t device, const char *, bool) {
-    return new ggml_metal_library{ device, {} };
+    return getenv("SIMT_METAL_NO_COMPILER") ? nullptr : new ggml_metal_library{ device, {} };
 }
 void ggml_metal_library_free(ggml_metal_library_t l) { delete l; }
 ggml_metal_device_t ggml_metal_library_get_device(ggml_metal_library_t l) { return l->device; }
@@ -198,9 +211,11 @@ void ggml_metal_encoder_dispatch_threadgroups(ggml_metal_encoder_t e, int g0, in
     const simt::dim3 grid((unsigned) g0, (unsigned) g1, (unsigned) g2);
     const simt::dim3 block((unsigned) t0, (unsigned) t1, (unsigned) t2);
     simt::launch(grid, block, e->shared, [=] { run(e->dispatch); }, !e->concurrent || e->is_first);
+    size_t & most = threadgroup_bytes[e->pipeline->base];
+    most = most < e->shared ? e->shared : most;
+    ++dispatches[e->pipeline->base];
     e->is_first = false;
     e->shared   = 0;
-    ++dispatches[e->pipeline->base];
 }
 void ggml_metal_encoder_memory_barrier(ggml_metal_encoder_t e) { e->is_first = true; }
 void ggml_metal_encoder_end_encoding(ggml_metal_encoder_t) {}
