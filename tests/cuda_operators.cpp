@@ -22,6 +22,7 @@ void turbo_compute_attention(ggml_backend_cuda_context &, ggml_tensor *) {}
 #include <cstdio>
 #include <random>
 #include <string>
+#include <utility>
 
 static void wrong(const std::string & what) {
     printf("wrong: %s\n", what.c_str());
@@ -173,6 +174,78 @@ template<typename Index> static void test_set_rows(int k, ggml_type index_type) 
     }
     if (!same(out.read(), expected)) {
         wrong("SET_ROWS to turbo" + std::to_string(k));
+    }
+}
+
+// SET_ROWS of keys, then of values, with nodes between that compute nothing: together where that is right.
+static void test_two(int k, int v) {
+    constexpr int64_t tokens = 3, cells = 5, row_k = 192, row_v = 128;
+    std::normal_distribution<float> normal;
+    const std::vector<int64_t> index = { 4, 0, 2 };
+    simt::input<int64_t>       which(index);
+    const auto keys   = make(tokens*row_k/QK_TURBO, [&] { return normal(random_numbers); });
+    const auto values = make(tokens*row_v/QK_TURBO, [&] { return normal(random_numbers); });
+    simt::input<float> in_k(keys), in_v(values);
+    const auto cache = [&](int bits, int64_t row) {
+        return std::vector<uint8_t>((size_t) (cells*row/QK_TURBO*TURBO_BLOCK_BYTES(bits)), 0x55);
+    };
+    simt::output<uint8_t> out_k(cache(k, row_k), 2), out_v(cache(v, row_v), 2);
+    ggml_tensor from_k = tensor(GGML_TYPE_F32, in_k.data(), { { row_k, tokens, 1, 1 }, {} });
+    ggml_tensor from_v = tensor(GGML_TYPE_F32, in_v.data(), { { row_v, tokens, 1, 1 }, {} });
+    ggml_tensor rows   = tensor(GGML_TYPE_I64, which.data(), { { tokens, 1, 1, 1 }, {} });
+    ggml_tensor cache_k{}, cache_v{};
+    const auto set_rows = [&](int bits, uint8_t * data, int64_t row, ggml_tensor & from, ggml_tensor & owner) {
+        ggml_tensor op = tensor(turbo_type(bits), data, { { row, cells, 1, 1 }, {} });
+        op.op       = GGML_OP_SET_ROWS;
+        op.flags    = GGML_TENSOR_FLAG_COMPUTE;
+        op.view_src = &owner;
+        op.src[0]   = &from;
+        op.src[1]   = &rows;
+        return op;
+    };
+    ggml_tensor first = set_rows(k, out_k.data(), row_k, from_k, cache_k), view = from_v;
+    ggml_tensor second = set_rows(v, out_v.data(), row_v, from_v, cache_v);
+    view.op = GGML_OP_VIEW;
+    ggml_tensor * nodes[] = { &first, &view, &second };
+
+    const auto stays = [&](const char * why) {
+        if (ggml_cuda_turbo_fuse(context, nodes, 3) != 0) {
+            wrong(std::string("two SET_ROWS are one launch, ") + why);
+        }
+    };
+    const auto without = [&](auto & field, auto other, const char * why) {
+        const auto before = std::exchange(field, other);
+        stays(why);
+        field = before;
+    };
+    without(view.op, GGML_OP_SCALE, "though something is computed between");
+    without(second.view_src, &cache_k, "though both write to one cache");
+    without(second.flags, 0, "though the second is not to be computed");
+    without(first.flags, 0, "though the first is not to be computed");
+    without(second.type, GGML_TYPE_F16, "though the second is no type of ours");
+    without(second.op, GGML_OP_CPY, "though the second is another operator");
+    without(from_v.ne[1], 17, "though there are many rows");
+    without(context.curr_stream_no, 1, "though other streams run");
+    if (ggml_cuda_turbo_fuse(context, nodes, 2) != 0 || ggml_cuda_turbo_fuse(context, nodes + 1, 2) != 0) {
+        wrong("one SET_ROWS is taken for two");
+    }
+    if (!same(out_k.read(), cache(k, row_k)) || !same(out_v.read(), cache(v, row_v))) {
+        wrong("something is computed, and nothing is said of it");
+    }
+    if (ggml_cuda_turbo_fuse(context, nodes, 3) != 2) {
+        wrong("two SET_ROWS are two launches");
+    }
+    const auto expected = [&](int bits, int64_t row, const std::vector<float> & x) {
+        std::vector<uint8_t> out = cache(bits, row);
+        const auto coded = reference(bits, x);
+        const size_t bytes = coded.size()/tokens;
+        for (size_t t = 0; t < tokens; ++t) {
+            memcpy(&out[(size_t) index[t]*bytes], &coded[t*bytes], bytes);
+        }
+        return out;
+    };
+    if (!same(out_k.read(), expected(k, row_k, keys)) || !same(out_v.read(), expected(v, row_v, values))) {
+        wrong("two SET_ROWS in one launch, to turbo" + std::to_string(k) + " and turbo" + std::to_string(v));
     }
 }
 
@@ -342,6 +415,8 @@ static void test_refusals() {
     ask(GGML_OP_GET_ROWS, of(f32, 64, 2), of(turbo, 64, 2), of(f32, 2, 1), 0, "indices that are no integers");
     ask(GGML_OP_MUL_MAT, of(f32, 4, 2), of(turbo, 64, 4), of(f32, 64, 2), 1, "weights of ours");
     ask(GGML_OP_MUL_MAT, of(f32, 4, 2), of(turbo, 64, 4), of(f16, 64, 2), 0, "activations in f16");
+    ask(GGML_OP_MUL_MAT, of(f32, 4, 2), of(turbo, 64, 4, 0, 30), of(f32, 64, 2), 0, "rows that begin within a block");
+    ask(GGML_OP_MUL_MAT, of(f32, 4, 2), of(turbo, 64, 4, 0, 52), of(f32, 64, 2), 1, "rows with gaps");
     ask(GGML_OP_MUL_MAT, of(f32, 4, 2), of(f32, 64, 4), of(turbo, 64, 2), 0, "activations of ours");
     ggml_tensor experts = of(f32, 4, 2);
     experts.op_params[3] = GGML_PREC_F32;
@@ -372,6 +447,9 @@ int main(int argc, char ** argv) {
             test_bytes(k, blocks);
             test_set_rows<int64_t>(k, GGML_TYPE_I64);
             test_set_rows<int32_t>(k, GGML_TYPE_I32);
+            for (int v = 2; v <= 4; ++v) {
+                test_two(k, v);
+            }
             test_encode_copy(k, GGML_TYPE_F16);
             test_encode_copy(k, GGML_TYPE_BF16);
             test_get_rows(k);

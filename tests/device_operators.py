@@ -44,6 +44,21 @@ def test_set_rows_writes_the_bytes_of_the_reference(type: str):
         require_bytes_of_the_codec(x, type, index_type, dtype, rng, device=DEVICE)
 
 
+def test_set_rows_of_halves_writes_the_bytes_of_the_reference():
+    rng = np.random.default_rng(5)
+    with np.errstate(over="ignore"):
+        x = hostile(rng, 180).reshape(2, 3, 15, 128).astype(np.float16)
+    x[0, 0, 0] = np.arange(128).astype(np.uint16).view(np.float16) * rng.choice([-1, 1], 128)  # subnormal
+    require_bytes_of_the_codec(x, "turbo4", "i64", np.int64, rng, device=DEVICE)
+    blocks = np.zeros_like(turboquant_gguf.quantize(x.astype(np.float32), "turbo4"))
+    with ggml.Graph(device=DEVICE) as graph:
+        coded = graph.tensor(blocks, "turbo4", 128, 90, 1, 1)
+        graph.finish(graph.operator("ggml_cpy", graph.tensor(x, "f16", 128, 90, 1, 1), coded))
+        graph.run()
+        found = graph.read(coded, blocks)
+    assert np.array_equal(found, turboquant_gguf.quantize(x.astype(np.float32), "turbo4"))
+
+
 @pytest.mark.parametrize("type", TURBO)
 def test_rows_are_decoded_to_the_bit_and_copied_both_ways(type: str):
     rng = np.random.default_rng(2)

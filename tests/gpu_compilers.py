@@ -20,7 +20,13 @@ STAND_INS = ROOT / "tests" / "gpu_headers"  # headers that llama.cpp's name and 
 INSTALLED = Path(turboquant_gguf.__file__).parent
 
 NVIDIA = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
-AMD = ("gfx942", "gfx1100")
+# Of an architecture, what its device libraries say: the number of its instruction set, whether waves have 64 lanes.
+AMD = {
+    "gfx90a": (9010, "on"),
+    "gfx942": (9402, "on"),
+    "gfx1100": (11000, "off"),
+    "gfx1201": (12001, "off"),
+}
 
 STRICT = ["-std=c++20", "-Wall", "-Wextra", "-Werror", "-Wno-unused-function", "-ffp-contract=off"]
 INCLUDES = [f"-I{path}" for path in (SIMT, SOURCE, SOURCE / "format", INSTALLED / "include")]
@@ -97,6 +103,7 @@ class Resources:
     registers: int
     spilled: int  # bytes, or registers of AMD's
     shared: int  # bytes
+    scratch: int = 0  # bytes of memory that a lane of AMD's spills to, or has arrays in
 
 
 def exact_flags(kind: str) -> list[str]:
@@ -192,17 +199,11 @@ def emulated_device(grafted: Path, folder: Path, kernels: str) -> Path:
         [nvcc(), *host, "-c", grafted / "ggml" / "src" / "ggml-cuda" / "ggml-cuda.cu", "-o", folder / "ggml-cuda.o"],
         [nvcc(), *host, *exact_flags("CUDA"), "-c", units, "-o", folder / "units.o"],
         [clang(), *emulator, "-c", SIMT / "core.cpp", "-o", folder / "core.o"],
-        [
-            nvcc(),
-            "-std=c++17",
-            "-O2",
-            "-Xcompiler",
-            "-fPIC",
-            "-c",
-            SIMT / "cuda_runtime.cpp",
-            "-o",
-            folder / "cuda_runtime.o",
-        ],
+        *(
+            [nvcc(), "-std=c++17", "-O2", "-Xcompiler", "-fPIC", *_headers(grafted), "-c", SIMT / f"{name}.cpp"]
+            + ["-o", folder / f"{name}.o"]
+            for name in ("cuda_runtime", "cuda_products")
+        ),
         [
             clang(),
             *emulator,
@@ -228,7 +229,8 @@ def emulated_device(grafted: Path, folder: Path, kernels: str) -> Path:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(run, commands))
     objects = [
-        folder / f"{name}.o" for name in ("ggml-cuda", "units", "core", "cuda_runtime", "cuda_device", "cuda_backend")
+        folder / f"{name}.o"
+        for name in ("ggml-cuda", "units", "core", "cuda_runtime", "cuda_products", "cuda_device", "cuda_backend")
     ]
     library = folder / "libggml-cuda-emulated.so"
     link = [
@@ -242,7 +244,7 @@ def emulated_device(grafted: Path, folder: Path, kernels: str) -> Path:
         "-lggml-base",
     ]
     run(link)
-    # The operators of llama.cpp, and cuBLAS: the device never takes them, but a library is loaded with all it names.
+    # The operators of llama.cpp: the device never takes them, but a library is loaded with all it names.
     wanted = re.findall(r"^ +U (\w+)$", run(["nm", "-D", "--undefined-only", library]), re.MULTILINE)
     present = set(
         re.findall(
@@ -268,7 +270,7 @@ def compile_amd(grafted: Path, source: Path, output: Path, architecture: str, *f
         pytest.skip(f"needs HIP's headers and device libraries (Debian: {DEBIAN_PACKAGES})")
     compiler = clang()
     # Debian's libraries know older devices only: this line is all that a library of the device would say.
-    number, wave = {"gfx942": (9402, "on"), "gfx1100": (11000, "off")}[architecture]
+    number, wave = AMD[architecture]
     version = output.with_suffix(".ll")
     version.write_text(f"@__oclc_ISA_version = linkonce_odr protected addrspace(4) constant i32 {number}, align 4\n")
     bitcode = output.with_suffix(".bc")
@@ -321,12 +323,13 @@ def compile_amd(grafted: Path, source: Path, output: Path, architecture: str, *f
     )
     assert not (warnings := re.findall(rf"^{SOURCE}.*warning:.*$", text, re.MULTILINE)), warnings
     kernels = re.findall(
-        r"Function Name: (\w+).*? VGPRs: (\d+).*?SGPRs Spill: (\d+).*?VGPRs Spill: (\d+)"
+        r"Function Name: (\w+).*? VGPRs: (\d+).*?ScratchSize \[bytes/lane\]: (\d+)"
+        r".*?SGPRs Spill: (\d+).*?VGPRs Spill: (\d+)"
         r".*?LDS Size \[bytes/block\]: (\d+)",
         text,
         re.DOTALL,
     )
     return [
-        Resources(name, architecture, int(used), int(scalar) + int(vector), int(shared))
-        for name, used, scalar, vector, shared in kernels
+        Resources(name, architecture, int(used), int(scalar) + int(vector), int(shared), int(scratch))
+        for name, used, scratch, scalar, vector, shared in kernels
     ]

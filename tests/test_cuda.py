@@ -1,6 +1,7 @@
 """The CUDA and HIP back end without a GPU: its kernels in the emulator (tests/simt), and in compilers of devices."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 import gpu_compilers
 import tiny_model
 from gpu_compilers import ROOT, SOURCE
+from turboquant_gguf.llamacpp import native
 
 CUDA = SOURCE / "cuda"
 UNITS = sorted(set(CUDA.glob("*.cu")) - {CUDA / "turbo-attention.cu"})  # which takes long, and has tests of its own
@@ -163,6 +165,18 @@ PLANTED = {
         "s < TURBO_STATES/2; s += turbo_threads()",
         "nothing has written",
     ),
+    "the first task for the second": (
+        "turbo-encode.cuh",
+        "blockIdx.x - n_first",
+        "blockIdx.x",
+        "of an output of|of an input of",
+    ),
+    "two of one cache in any order": (
+        "turbo-cuda.cu",
+        "turbo_owner(nodes[next]) == turbo_owner(nodes[0])",
+        "false",
+        "wrong: two SET_ROWS are one launch, though both write to one cache",
+    ),
     "too much taken": (
         "turbo-describe.cuh",
         "t->ne[0] % QK_TURBO == 0 &&",
@@ -265,15 +279,20 @@ def test_amd_compiles_it_within_bounds(grafted, all_units, tmp_path, architectur
 # ---- llama.cpp with its cache on the device ----
 
 
-def test_llama_cpp_with_its_cache_on_an_emulated_device(grafted, tmp_path):
-    """llama.cpp's own CUDA back end, of nvcc's objects, over the emulator: a model reads, answers, copies, shifts,
-    saves and loads. Where the CPU attends, logits are those of the CPU to the last bit, since the bytes of the cache
-    are; where the device does, they are near.
-    """
+@pytest.fixture(scope="module")
+def device(grafted, tmp_path_factory) -> Path:
+    """llama.cpp's own CUDA back end, of nvcc's objects, over the emulator: a library."""
     kernels = "X(4, 3, 1) X(2, 2, 1) X(3, 4, 1)"  # for the types of cuda_worker.py
-    library = gpu_compilers.emulated_device(grafted, tmp_path, kernels)
+    return gpu_compilers.emulated_device(grafted, tmp_path_factory.mktemp("device"), kernels)
+
+
+def test_llama_cpp_with_its_cache_on_an_emulated_device(device, tmp_path):
+    """A model reads, answers, copies, shifts, saves and loads. Where the CPU attends, logits are those of the CPU to
+    the last bit, since the bytes of the cache are; where the device does, they are near. Products with weights of ours
+    go through llama.cpp's code to our decoders, and to a stand-in of cuBLAS.
+    """
     model = tiny_model.write(tmp_path / "tiny.gguf")
-    worker = [sys.executable, ROOT / "tests" / "cuda_worker.py", library, model]
+    worker = [sys.executable, ROOT / "tests" / "cuda_worker.py", device, model]
     done = subprocess.run(worker, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     said = json.loads(done.stdout.splitlines()[-1])
@@ -285,3 +304,28 @@ def test_llama_cpp_with_its_cache_on_an_emulated_device(grafted, tmp_path):
         for name, distance in operations.items():
             assert 0 < distance < 0.35 * lost[types][name], (types, name, distance, lost[types][name])
     assert all(count > 0 for count in said["launches"].values()), said["launches"]
+    assert len(said["products"]) == 27 and all(error <= 1 for error in said["products"].values()), said["products"]
+    # Of each of two layers: keys and values of a prompt by two launches, those of a token by one.
+    assert said["encoders"] == {
+        "turbo4/turbo3": [[0, 2, 2, 0], [0, 0, 0, 2]],
+        "turbo2/turbo2": [[4, 0, 0, 0], [0, 0, 0, 2]],
+        "turbo3/turbo4": [[0, 2, 2, 0], [0, 0, 0, 2]],
+    }
+
+
+def test_a_window_that_a_device_cannot_have_is_named(device, tmp_path):
+    """By llama.cpp's programs, without being asked for more of the log."""
+    model = tiny_model.write(tmp_path / "tiny.gguf")
+    (tmp_path / "text.txt").write_text("The lens gathers what the mirror throws away. " * 60)
+    program = [native.tool_path("llama-perplexity"), "-m", model, "-f", tmp_path / "text.txt", "-c", "256"]
+    done = subprocess.run(
+        [*program, "--device", "CUDA0", "-ngl", "99", "-ctk", "turbo4", "-ctv", "turbo3", "--chunks", "1"],
+        env=os.environ | {"GGML_BACKEND_PATH": str(device), "SIMT_CPU_ATTENDS": "1"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = (
+        "no recent window: the cache (keys of turbo4, values of turbo3, heads of 64 and 64) is on CUDA0, emulator, "
+        "which has no kernel for it"
+    )
+    assert said in done.stdout + done.stderr, done.stdout + done.stderr

@@ -14,13 +14,14 @@ ROWS = 23
 def require_bytes_of_the_codec(
     x: np.ndarray, type: str, index_type: str, dtype: type, rng: np.random.Generator, **graph_options: object
 ) -> None:
-    """Writes x, float32 (sequences, heads, tokens, values), into rows that are drawn, of a cache with ROWS of them."""
+    """Writes x, float32 or float16 (sequences, heads, tokens, values), into rows that are drawn, of a cache with ROWS."""
     sequences, heads, tokens, values = x.shape
+    exact = x.astype(np.float32)
     rows = np.stack([rng.permutation(ROWS)[:tokens] for _ in range(sequences)]).astype(dtype)
-    before = rng.integers(0, 256, (sequences, heads, ROWS, turboquant_gguf.quantize(x[0, 0, 0], type).size), np.uint8)
+    before = rng.integers(0, 256, (sequences, heads, ROWS, turboquant_gguf.quantize(exact[0, 0, 0], type).size), np.uint8)
     with ggml.Graph(**graph_options) as graph:
         cache = graph.tensor(before, type, values, ROWS, heads, sequences)
-        new = graph.tensor(x, "f32", *x.shape[::-1])
+        new = graph.tensor(x, "f16" if x.dtype == np.float16 else "f32", *x.shape[::-1])
         # indices: one row of them for each sequence, the same for all heads
         to = graph.tensor(rows, index_type, tokens, 1, sequences, 1)
         graph.finish(graph.operator("ggml_set_rows", cache, new, to))
@@ -28,7 +29,7 @@ def require_bytes_of_the_codec(
         after = graph.read(cache, np.empty_like(before))
     expected = before.copy()
     for sequence in range(sequences):
-        expected[sequence][:, rows[sequence]] = turboquant_gguf.quantize(x[sequence], type)
+        expected[sequence][:, rows[sequence]] = turboquant_gguf.quantize(exact[sequence], type)
     assert np.array_equal(after, expected)
 
 

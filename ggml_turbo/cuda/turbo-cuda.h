@@ -15,6 +15,10 @@ int ggml_cuda_turbo_supports(int device, const struct ggml_tensor * op);
 // Computes a node and returns true; false if llama.cpp's own code is to do it.
 bool ggml_cuda_turbo_compute(ggml_backend_cuda_context & context, struct ggml_tensor * op);
 
+// Computes the first of a graph's remaining nodes together with one that follows it, and returns how many behind the
+// first are done with it: one launch for keys and values of a token. 0: nothing is computed, each is to be by itself.
+int ggml_cuda_turbo_fuse(ggml_backend_cuda_context & context, struct ggml_tensor ** nodes, int n);
+
 // A turbo type, as each of the functions from convert.cuh that turn its blocks into values.
 struct ggml_cuda_turbo_converter {
     enum ggml_type type;

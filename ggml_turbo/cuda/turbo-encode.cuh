@@ -204,22 +204,40 @@ template<int K> static __device__ __forceinline__ int turbo_fit_scale(float ener
     return fitted + (fitted < TURBO_SCALE_CODES(K) - 1 && is_above(fitted));
 }
 
-// A block of threads is 32 x 2; blocks of the grid are units of all rows.
-template<int K> static __global__ void __launch_bounds__(64)
-turbo_encode(turbo_tensor values, turbo_float type, turbo_tensor blocks, turbo_rows rows) {
-    __shared__ turbo_encode_shared<K> shared;
-    const int       lane = threadIdx.x, candidate = threadIdx.y;
-    const uint32_t  i    = blockIdx.x % values.ne[0], r = blockIdx.x/values.ne[0];
-    const turbo_row from = turbo_find_row(values, r);
-    const char *    x    = turbo_at(values, from, i);
-    uint8_t *       out  = (uint8_t *) turbo_at(blocks, turbo_other_row(rows, from, blocks, r), i);
+// What is encoded to where: values to rows that `rows` says, else to all in order.
+struct turbo_encode_task {
+    turbo_tensor values;
+    turbo_float  type;
+    turbo_tensor blocks;
+    turbo_rows   rows;
+};
+
+// A block's values, and where it goes.
+struct turbo_encode_place {
+    const char * values;
+    turbo_float  type;
+    uint8_t *    block;
+};
+
+// Of block b of a task, counted over all rows.
+static __device__ __forceinline__ turbo_encode_place turbo_find_block(const turbo_encode_task & task, uint32_t b) {
+    const uint32_t  i    = b % task.values.ne[0], r = b/task.values.ne[0];
+    const turbo_row from = turbo_find_row(task.values, r), to = turbo_other_row(task.rows, from, task.blocks, r);
+    return { turbo_at(task.values, from, i), task.type, (uint8_t *) turbo_at(task.blocks, to, i) };
+}
+
+// One block, by 32 x 2 threads.
+template<int K> static __device__ __forceinline__ void
+turbo_encode_block(turbo_encode_shared<K> & shared, const turbo_encode_place & place) {
+    const int lane = threadIdx.x, candidate = threadIdx.y;
+    uint8_t * out  = place.block;
 
     // Without NaN, infinities and what overflows. Both halves of the warp have all 64 values.
     float value[4];
     int   largest = 0;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-        value[j] = turbo_load_float(type, x, lane % 16 + 16*j);
+        value[j] = turbo_load_float(place.type, place.values, lane % 16 + 16*j);
         largest  = turbo_largest(largest, __float_as_uint(value[j]));
     }
     largest = turbo_warp_reduce(largest, [](int a, int b) { return a > b ? a : b; });
@@ -283,5 +301,29 @@ turbo_encode(turbo_tensor values, turbo_float type, turbo_tensor blocks, turbo_r
         }
     } else if (lane == QK_TURBO/8) {
         *(uint16_t *) out = (uint16_t) turbo_header(K, fitted, shared.state[0]);
+    }
+}
+
+// A block of threads for each block of the task.
+template<int K> static __global__ void __launch_bounds__(64) turbo_encode(turbo_encode_task task) {
+    __shared__ turbo_encode_shared<K> shared;
+    turbo_encode_block<K>(shared, turbo_find_block(task, blockIdx.x));
+}
+
+// Two tasks, of any types of so many bits: n_first blocks of the first, and behind them those of the second.
+static __global__ void __launch_bounds__(64)
+turbo_encode_two(turbo_encode_task first, int bits_first, turbo_encode_task second, int bits_second, uint32_t n_first) {
+    __shared__ union {
+#define TURBO_SHARED_OF(K, ID) turbo_encode_shared<K> of##K;
+        TURBO_TYPES(TURBO_SHARED_OF)
+#undef TURBO_SHARED_OF
+    } shared;
+    const bool is_first = blockIdx.x < n_first;
+    const turbo_encode_place place =
+        is_first ? turbo_find_block(first, blockIdx.x) : turbo_find_block(second, blockIdx.x - n_first);
+    switch (is_first ? bits_first : bits_second) {
+#define TURBO_ENCODE(K, ID) case K: turbo_encode_block<K>(shared.of##K, place); break;
+        TURBO_TYPES(TURBO_ENCODE)
+#undef TURBO_ENCODE
     }
 }

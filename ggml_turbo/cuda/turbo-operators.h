@@ -14,6 +14,7 @@ struct turbo_operator {
 // turbo-encode.cu: values to blocks
 bool turbo_takes_set_rows(int device, const ggml_tensor * op);
 void turbo_set_rows(ggml_backend_cuda_context & context, ggml_tensor * op);
+void turbo_set_rows_of_two(ggml_backend_cuda_context & context, ggml_tensor * first, ggml_tensor * second);
 bool turbo_takes_encoding(int device, const ggml_tensor * op);
 void turbo_copy_encoded(ggml_backend_cuda_context & context, ggml_tensor * op);
 

@@ -30,12 +30,18 @@ bool turbo_takes_copy(int device, const ggml_tensor * op) {
         turbo_can_copy(op->src[0], op);
 }
 
-// llama.cpp decodes the weights to scratch and calls cuBLAS. It cannot take their precision into account.
+// Strides that llama.cpp can count in blocks.
+static bool turbo_begins_with_blocks(const ggml_tensor * t) {
+    const size_t bytes = ggml_type_size(t->type);
+    return t->nb[1] % bytes == 0 && t->nb[2] % bytes == 0 && t->nb[3] % bytes == 0;
+}
+
+// llama.cpp decodes the weights to scratch and calls cuBLAS. It cannot take the precision of experts into account.
 bool turbo_takes_mul_mat(int device, const ggml_tensor * op) {
     GGML_UNUSED(device);
     const ggml_tensor * weights = op->src[0];
-    return turbo_is_type(weights->type) && turbo_has_whole_blocks(weights) && op->src[1]->type == GGML_TYPE_F32 &&
-        op->type == GGML_TYPE_F32 && op->src[1]->nb[0] == sizeof(float) &&
+    return turbo_is_type(weights->type) && turbo_has_whole_blocks(weights) && turbo_begins_with_blocks(weights) &&
+        op->src[1]->type == GGML_TYPE_F32 && op->type == GGML_TYPE_F32 && op->src[1]->nb[0] == sizeof(float) &&
         !(op->op == GGML_OP_MUL_MAT_ID && op->op_params[3] == GGML_PREC_F32);
 }
 

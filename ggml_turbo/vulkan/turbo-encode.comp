@@ -10,7 +10,11 @@
 
 layout(local_size_x = 256) in;
 
-layout(binding = 0) readonly  buffer FLOATS { uint data[]; } floats; // as bits: no driver may change a NaN
+layout(constant_id = 2) const uint FROM_HALVES = 0; // 1: values are float16, else float32
+
+// As bits: no driver may change a NaN.
+layout(binding = 0) readonly  buffer FLOATS { uint data[]; } floats;
+layout(binding = 0) readonly  buffer HALVES { uint16_t data[]; } halves;
 layout(binding = 1) writeonly buffer BLOCKS { uint16_t data[]; } blocks;
 
 const uint SHARED = 1u << (8u - K), CODES = 1u << K; // turbo-block.h
@@ -77,9 +81,20 @@ uint path_cost(uint before, int wanted, int entry) {
     return min(before + uint((d*d + (1 << 14)) >> 15), 65535u);
 }
 
+// The bits of a float32. Of integers, since a device may take subnormal halves for zeros.
+uint load_bits(uint i) {
+    if (FROM_HALVES == 0) {
+        return floats.data[i];
+    }
+    const uint bits = uint(halves.data[i]), sign = (bits & 0x8000u) << 16, magnitude = bits & 0x7fffu;
+    return sign | (magnitude >= 0x7c00u ? 0x7f800000u | (magnitude << 13)
+                 : magnitude >= 0x0400u ? (magnitude << 13) + (112u << 23)
+                                        : floatBitsToUint(float(magnitude)*power_of_two(-24)));
+}
+
 // Needs every thread: x, energy and guess.
 void measure(uint s, uint first_float) {
-    const uint bits = floats.data[first_float + s % 64u];
+    const uint bits = load_bits(first_float + s % 64u);
     if (s == 0u) {
         largest = 0u;
         cc      = 0;

@@ -89,7 +89,8 @@ static turbo_vk_row_op turbo_vk_row_op_of(const ggml_tensor * op) {
 static bool turbo_vk_supports_rows(const ggml_tensor * op) {
     const turbo_vk_row_op row_op = turbo_vk_row_op_of(op);
     const ggml_tensor * floats = row_op.floats, * blocks = row_op.blocks, * indices = row_op.indices;
-    const bool is_typed = floats->type == GGML_TYPE_F32 && turbo_is_type(blocks->type) && floats->nb[0] == sizeof(float)
+    const bool is_float = floats->type == GGML_TYPE_F32 || (floats->type == GGML_TYPE_F16 && row_op.encodes);
+    const bool is_typed = is_float && turbo_is_type(blocks->type) && floats->nb[0] == ggml_type_size(floats->type)
                        && blocks->nb[0] == ggml_type_size(blocks->type);
     const bool is_indexed = !indices || indices->type == GGML_TYPE_I32 || (row_op.encodes && indices->type == GGML_TYPE_I64);
     const bool is_shaped  = indices || ggml_are_same_shape(floats, blocks) || (ggml_is_contiguous(floats) && ggml_is_contiguous(blocks));
@@ -107,10 +108,10 @@ static void turbo_vk_compute_rows(ggml_backend_vk_context * ctx, vk_context & su
     p.n1 = is_flat ? 1 : floats->ne[1];
     p.n2 = is_flat ? 1 : floats->ne[2];
     p.n3 = is_flat ? 1 : floats->ne[3];
-    p.float_offset = elements(get_misalign_bytes(ctx, floats), sizeof(float));
-    p.float_1 = elements(floats->nb[1], sizeof(float));
-    p.float_2 = elements(floats->nb[2], sizeof(float));
-    p.float_3 = elements(floats->nb[3], sizeof(float));
+    p.float_offset = elements(get_misalign_bytes(ctx, floats), floats->nb[0]);
+    p.float_1 = elements(floats->nb[1], floats->nb[0]);
+    p.float_2 = elements(floats->nb[2], floats->nb[0]);
+    p.float_3 = elements(floats->nb[3], floats->nb[0]);
     p.word_offset = elements(get_misalign_bytes(ctx, blocks), sizeof(uint16_t));
     p.word_1 = elements(blocks->nb[1], sizeof(uint16_t));
     p.word_2 = elements(blocks->nb[2], sizeof(uint16_t));
@@ -130,7 +131,8 @@ static void turbo_vk_compute_rows(ggml_backend_vk_context * ctx, vk_context & su
     const uint64_t n_blocks = (uint64_t) p.n_blocks*p.n1*p.n2*p.n3, n_groups = row_op.encodes ? n_blocks : CEIL_DIV(n_blocks, 16);
     const uint32_t columns  = std::min<uint64_t>(n_groups, 32768);
     vk_pipeline pipeline = turbo_vk_pipeline<turbo_vk_rows>(
-        ctx->device, row_op.encodes ? turbo_vk_encode : turbo_vk_decode, 3, { (uint32_t) turbo_bits(blocks->type), index_words });
+        ctx->device, row_op.encodes ? turbo_vk_encode : turbo_vk_decode, 3,
+        { (uint32_t) turbo_bits(blocks->type), index_words, floats->type == GGML_TYPE_F16 });
     ggml_pipeline_request_descriptor_sets(ctx, pipeline, 1);
     const vk_subbuffer of_floats = ggml_vk_tensor_subbuffer(ctx, floats, true), of_blocks = ggml_vk_tensor_subbuffer(ctx, blocks, true);
     const vk_subbuffer of_indices = indices ? ggml_vk_tensor_subbuffer(ctx, indices, true) : of_floats;

@@ -1,7 +1,7 @@
 #pragma once
 
-// What llama.cpp's sources name of cuBLAS, to compile them where the CUDA toolkit has none. Nothing of it is ever
-// called.
+// What llama.cpp's sources name of cuBLAS, to compile them where the CUDA toolkit has none. simt/cuda_products.cpp has
+// some of it.
 
 #include <cuda_runtime.h>
 #include <library_types.h>

@@ -52,7 +52,7 @@ SIMT_DYNAMIC_SHARED(uint32_t, turbo_attention_memory);
 static const std::map<std::string, run> kernels = table<
     TURBO_TYPES(OF_TYPE) TURBO_ATTENTION_KERNELS(ATTEND)
     turbo_unpack<0, false>, turbo_unpack<0, true>, turbo_attend_slab<1>, turbo_attend_slab<2>,
-    turbo_combine, turbo_copy>();
+    turbo_encode_two, turbo_combine, turbo_copy>();
 
 static std::map<std::string, int> launches;
 

@@ -30,7 +30,7 @@ template<typename T> struct ggml_cuda_pool_alloc { // poisoned, between pages th
 };
 
 struct ggml_backend_cuda_context {
-    int device = 0;
+    int device = 0, curr_stream_no = 0;
     ggml_cuda_pool memory;
     ggml_cuda_pool & pool() { return memory; }
     cudaStream_t stream() { return nullptr; }
