@@ -98,16 +98,15 @@ def on_device(environment: dict[str, str], *arguments: object) -> tuple[object, 
     return in_process(environment, run, *arguments)
 
 
-def served(path: Path, types: CacheTypes, device: str, questions: list[str]) -> tuple[list[dict], list[dict], str]:
-    """Answers of a llama-server with all layers on a device: to all questions at once, to each alone; and its log."""
+def served(path: Path, types: CacheTypes, questions: list[str]) -> tuple[list[dict], list[dict], str]:
+    """Answers of a llama-server with all layers on devices: to all questions at once, to each alone; and its log."""
 
     def ask(question: str) -> dict:
         request = {"prompt": question, "temperature": 0, "n_predict": 8, "n_probs": 1, "cache_prompt": False}
         reply = httpx.post(f"{running.url}/completion", json=request, timeout=600, trust_env=False)
         return reply.raise_for_status().json()
 
-    # A server that has linked back ends looks for others only when it is asked for a device.
-    more = ("--parallel", str(len(questions)), "--device", device)
+    more = ("--parallel", str(len(questions)))
     with server.running(path, types, context=512, placement=Placement(gpu_layers=99), extra_args=more) as running:
         with ThreadPoolExecutor(len(questions)) as pool:
             together = list(pool.map(ask, questions))

@@ -236,9 +236,7 @@ def test_a_state_goes_from_a_device_to_the_cpu_and_back(device, plain: Path, lay
 def test_two_slots_of_a_server(device, plain: Path):
     """Answers to two questions at once, which are longer than the recent window, are those to one after the other."""
     questions = ["The lens gathers what the mirror throws away, " * 2, "and the light goes out over the water. " * 2]
-    together, apart, log = device_sequences.in_process(
-        device, device_sequences.served, plain, TURBO4, "MTL0", questions
-    )
+    together, apart, log = device_sequences.in_process(device, device_sequences.served, plain, TURBO4, questions)
     assert "MTL0 KV buffer size" in log
     assert {answer["id_slot"] for answer in together} == {0, 1}
     for answers in zip(together, apart, strict=True):

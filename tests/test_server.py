@@ -4,6 +4,7 @@ import re
 import signal
 import subprocess
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import httpx
@@ -13,7 +14,7 @@ import turboquant_gguf
 from sequences import window_slots
 from turboquant_gguf.core import child
 from turboquant_gguf.errors import TurboquantError
-from turboquant_gguf.llamacpp import cachefacts, models, native, provenance, server
+from turboquant_gguf.llamacpp import cachefacts, models, native, placement, provenance, server
 from turboquant_gguf.llamacpp.cachetypes import CacheTypes, UnknownTypeError
 from turboquant_gguf.llamacpp.toolerrors import tool_error
 
@@ -254,3 +255,23 @@ def test_pairs_of_types():
 def test_unknown_type(text, hint):
     with pytest.raises(UnknownTypeError, match=hint):
         CacheTypes.parse(text)
+
+
+@pytest.mark.parametrize(
+    "log, is_there",
+    [
+        ("sched_reserve:        CPU compute buffer size =    96.50 MiB\n", False),
+        ("sched_reserve:  CUDA_Host compute buffer size =     9.01 MiB\n", False),
+        ("sched_reserve:      CUDA0 compute buffer size =   302.75 MiB\n", True),
+        ("sched_reserve:  CUDA_Host compute buffer size =     9.01 MiB\nx:    MTL0 compute buffer size = 1 MiB\n", True),
+    ],
+)
+def test_whether_a_server_has_found_its_gpu(smollm2, monkeypatch, log, is_there):
+    """llama.cpp says nothing where it finds none, and takes the CPU."""
+    monkeypatch.setattr(placement, "devices", lambda *_: ["a GPU"])
+    monkeypatch.setattr(server.Server, "log", lambda _: log)
+    monkeypatch.setattr(server.Server, "_wait_until_ready", lambda *_: None)
+    place = placement.Placement(gpu_layers=9)
+    refused = nullcontext() if is_there else pytest.raises(TurboquantError, match="does not find the GPU")
+    with refused, server.running(smollm2, CacheTypes("f16", "f16"), placement=place):
+        pass

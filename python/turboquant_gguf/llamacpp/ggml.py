@@ -140,6 +140,7 @@ _PROTOTYPES: dict[str, dict[str, tuple]] = {
         "ggml_backend_graph_compute": (c_int, c_void_p, c_void_p),
         "ggml_backend_free": (None, c_void_p),
         "ggml_backend_dev_description": (c_char_p, c_void_p),
+        "ggml_backend_dev_name": (c_char_p, c_void_p),
         "ggml_backend_dev_type": (c_int, c_void_p),
         "ggml_backend_reg_name": (c_char_p, c_void_p),
         "ggml_backend_dev_init": (c_void_p, c_void_p, c_char_p),

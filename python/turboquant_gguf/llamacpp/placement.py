@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +30,9 @@ class Placement:
 
     def arguments(self) -> list[str]:
         """The options of llama-server and llama-perplexity for it. Raises what `require` does."""
-        return [*self._common("--threads", "--gpu-layers"), *(["--no-kv-offload"] if self._cache_apart else [])]
+        # They look for the back end that this variable names only where a device of it is named first.
+        named = ["--device", ",".join(_names())] if self.gpu_layers and "GGML_BACKEND_PATH" in os.environ else []
+        return [*named, *self._common("--threads", "--gpu-layers"), *(["--no-kv-offload"] if self._cache_apart else [])]
 
     def bench_arguments(self) -> list[str]:
         """The options of llama-bench for it. Raises what `require` does."""
@@ -69,12 +72,20 @@ CPU = Placement()
 
 
 def devices(types: Sequence[int] = (*CPUS, *GPUS)) -> list[str]:
-    """The names of the devices of these types (ggml_backend_dev_type) that llama.cpp computes on."""
+    """The devices of these types (ggml_backend_dev_type) that llama.cpp computes on, as they describe themselves."""
+    return [ggml.function("ggml_backend_dev_description")(device).decode() for device in _handles(types)]
+
+
+def _names() -> list[str]:
+    """The names of all GPUs, as llama.cpp's options take them."""
+    return [ggml.function("ggml_backend_dev_name")(device).decode() for device in _handles(GPUS)]
+
+
+def _handles(types: Sequence[int]) -> list[int]:
     ggml.load_backends()
     count = ggml.function("ggml_backend_dev_count")()
     found = [ggml.function("ggml_backend_dev_get")(number) for number in range(count)]
-    found = [device for device in found if ggml.function("ggml_backend_dev_type")(device) in types]
-    return [ggml.function("ggml_backend_dev_description")(device).decode() for device in found]
+    return [device for device in found if ggml.function("ggml_backend_dev_type")(device) in types]
 
 
 def words(settings: Mapping[str, Any], gpus: Sequence[str]) -> list[str]:

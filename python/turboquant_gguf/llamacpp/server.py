@@ -140,6 +140,10 @@ class Server:
             raise self.failure()
 
 
+# What llama-server says of each device that its scheduler knows. Memory of the CPU may have been named by another.
+_ON_DEVICE = re.compile(r" (?!CPU|\S+_Host )\S+ +compute buffer size")
+
+
 @contextmanager
 def running(
     model: Path,
@@ -155,7 +159,7 @@ def running(
 
     port: 0 takes a free one. placement: where it computes. recent_window: None is what the environment says.
     extra_args: further arguments of llama-server, such as ("--parallel", "4"). Raises TurboquantError if the model file
-    is no GGUF, the port is taken, the server does not come up, or the cache it made is not the one asked for.
+    is no GGUF, the port is taken, the server does not come up, or its cache or its place is not what was asked for.
     """
     check_model_file(model)
     if port:
@@ -171,6 +175,8 @@ def running(
         with log_file.open("wb") as log, child.running(command, stdout=log, stderr=subprocess.STDOUT) as process:
             server = Server(process, log_file)
             server._wait_until_ready(types)
+            if placement.gpu_layers and not _ON_DEVICE.search(server.log()):
+                raise TurboquantError(f"llama-server does not find the GPU and would compute without {placement.device}.")
             yield server
 
 
