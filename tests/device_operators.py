@@ -147,7 +147,9 @@ def check(asked: Problem) -> None:
     assert worst <= 1, f"{worst} of what is allowed"
 
 
-@pytest.mark.parametrize("type_k, type_v", [("turbo4", "turbo4"), ("turbo3", "turbo2"), ("q8_0", "turbo3"), ("turbo2", "f16")])
+@pytest.mark.parametrize(
+    "type_k, type_v", [("turbo4", "turbo4"), ("turbo3", "turbo2"), ("q8_0", "turbo3"), ("turbo2", "f16")]
+)
 def test_attention(type_k: str, type_v: str):
     for queries, keys in ((1, 700), (2, 64), (8, 257), (35, 200)):
         check(problem(type_k, type_v, (64, 64), queries, keys, seed=queries))

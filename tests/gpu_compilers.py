@@ -274,9 +274,7 @@ def compile_amd(grafted: Path, source: Path, output: Path, architecture: str, *f
     version = output.with_suffix(".ll")
     version.write_text(f"@__oclc_ISA_version = linkonce_odr protected addrspace(4) constant i32 {number}, align 4\n")
     bitcode = output.with_suffix(".bc")
-    run(
-        [compiler, "-target", "amdgcn-amd-amdhsa", "-nogpulib", "-x", "ir", "-c", "-emit-llvm", version, "-o", bitcode]
-    )
+    run([compiler, "-target", "amdgcn-amd-amdhsa", "-nogpulib", "-x", "ir", "-c", "-emit-llvm", version, "-o", bitcode])
     libraries = [
         bitcode,
         *(

@@ -68,9 +68,19 @@ def compile(build: str, output: Path, sources: list[Path], *flags: str) -> list[
     if machine == "x86_64":
         machine_flags = _for_this_processor(machine_flags)
 
-    common = ["-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror",
-              "-Wno-maybe-uninitialized", "-Wno-uninitialized",  # GCC 12 warns of its own AVX-512 headers
-              f"-I{SOURCE}", f"-I{SOURCE}/format", *machine_flags, *flags]
+    common = [
+        "-O2",
+        "-ffp-contract=off",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-Wno-maybe-uninitialized",
+        "-Wno-uninitialized",  # GCC 12 warns of its own AVX-512 headers
+        f"-I{SOURCE}",
+        f"-I{SOURCE}/format",
+        *machine_flags,
+        *flags,
+    ]
     objects = []
     for source in sources:
         objects.append(output.with_name(f"{source.stem}.o"))

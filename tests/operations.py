@@ -498,7 +498,10 @@ OPERATIONS = {
     ),
     "rejected long drafts": Operation(
         # in a context that saves memory enough for a window and a draft, whatever the types
-        rejected_long_drafts, first_half_of_the_rest, options=dict(n_rs_seq=63, n_ubatch=128, length=1024), alone=True
+        rejected_long_drafts,
+        first_half_of_the_rest,
+        options=dict(n_rs_seq=63, n_ubatch=128, length=1024),
+        alone=True,
     ),
     "removed in the middle": Operation(removed_in_the_middle, alone=True),
     "prefix kept": Operation(prefix_kept, whole_window=False, alone=True),

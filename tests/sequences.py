@@ -114,9 +114,7 @@ class Sequences:
         entries = [(token, i, 0) for i, token in enumerate(tokens)]
         return self._batch(self.llama.llama_encode, entries, None, outputs=True)
 
-    def _batch(
-        self, compute: Callable, entries: Sequence[Entry], embeddings: np.ndarray | None, outputs: bool
-    ) -> int:
+    def _batch(self, compute: Callable, entries: Sequence[Entry], embeddings: np.ndarray | None, outputs: bool) -> int:
         batch = self.llama.llama_batch_init(len(entries), 0 if embeddings is None else embeddings.shape[1], 64)
         batch.n_tokens = len(entries)
         allocated = ctypes.cast(batch.pos, ctypes.c_void_p).value

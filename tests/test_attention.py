@@ -107,8 +107,10 @@ def expected(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
     """The result with rounded queries, and how far the kernel may be from it: its 16-bit weights, and float32."""
     problem = replace(problem, q=rounded_queries(problem))
     group = problem.q.shape[1] // problem.k.shape[2]
-    k, v = (np.repeat(attention_numpy.decode(rows, type), group, axis=2).astype(np.float64)
-            for rows, type in ((problem.k, problem.type_k), (problem.v, problem.type_v)))
+    k, v = (
+        np.repeat(attention_numpy.decode(rows, type), group, axis=2).astype(np.float64)
+        for rows, type in ((problem.k, problem.type_k), (problem.v, problem.type_v))
+    )
     weights = attention_numpy.weights(problem)
     result = np.einsum("shqk,skhd->sqhd", weights, v, optimize=True)
     # a score is off by a few roundings of what it is summed of, and a weight, relatively, by as much
@@ -176,12 +178,13 @@ def problems_with_window(draw, stock: tuple[str, ...] = ("f16", "q8_0")) -> Prob
     slots, tokens = draw(st.sampled_from([1, 37, 64, 150])), draw(st.sampled_from([1, 2, 8, 70]))
     share = draw(st.sampled_from([0.0, 0.1, 0.9]))
     mask = np.where(rng.random((sequences, 1, queries, slots + tokens)) < share, 0, -np.inf)
-    parts = ((kind, count, size) for kind, count in ((np.float16, slots), (np.float32, tokens))
-             for size in (size_k, problem.size_v))
+    parts = (
+        (kind, count, size)
+        for kind, count in ((np.float16, slots), (np.float32, tokens))
+        for size in (size_k, problem.size_v)
+    )
     shapes = st.sampled_from(["gaussian", "large channel", "zeros"])
-    arrays = [
-        values(rng, draw(shapes), sequences, count, kv_heads, size).astype(kind) for kind, count, size in parts
-    ]
+    arrays = [values(rng, draw(shapes), sequences, count, kv_heads, size).astype(kind) for kind, count, size in parts]
     columns = np.where(rng.random((sequences, keys)) < 0.2, rng.integers(0, slots + tokens, (sequences, keys)), -1)
     biases = tiles = None
     if n_tiles := draw(st.sampled_from([0, 0, 1, 3, 9])):
@@ -278,8 +281,12 @@ def as_input(problem: Problem) -> bytes:
 @pytest.mark.parametrize("build", [name for name, (_, _, simd) in instruction_sets.BUILDS.items() if simd != "scalar"])
 def test_kernel_alone(build: str, grafted: Path, tmp_path: Path):
     include = [f"-isystem{grafted / folder}" for folder in ("ggml/include", "ggml/src", "ggml/src/ggml-cpu")]
-    sources = [ROOT / "tests" / "attention_simd.cpp", ROOT / "ggml_turbo" / "cpu" / "turbo-attention.cpp",
-               ROOT / "ggml_turbo" / "format" / "turbo-reference.c", ROOT / "ggml_turbo" / "ops" / "turbo-window.c"]
+    sources = [
+        ROOT / "tests" / "attention_simd.cpp",
+        ROOT / "ggml_turbo" / "cpu" / "turbo-attention.cpp",
+        ROOT / "ggml_turbo" / "format" / "turbo-reference.c",
+        ROOT / "ggml_turbo" / "ops" / "turbo-window.c",
+    ]
     program = instruction_sets.compile(build, tmp_path / "attention_simd", sources, *include)
 
     @settings(many, max_examples=40)

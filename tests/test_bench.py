@@ -195,8 +195,20 @@ def test_ctrl_c_keeps_what_was_measured(tiny, tmp_path):
     once, twice = tmp_path / "once", tmp_path / "twice"
     wrapper(tmp_path, before=f"if [ -e {once} ]; then touch {twice}; exec sleep 60; fi; touch {once}")
     process = subprocess.Popen(
-        [*COMMAND, tiny, *SMALL, "--types", "turbo4", "--depths", "0", "--baseline", tmp_path, "--json",
-         "-o", tmp_path / "r.sqlite"],
+        [
+            *COMMAND,
+            tiny,
+            *SMALL,
+            "--types",
+            "turbo4",
+            "--depths",
+            "0",
+            "--baseline",
+            tmp_path,
+            "--json",
+            "-o",
+            tmp_path / "r.sqlite",
+        ],
         env={**os.environ, **NARROW},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -404,13 +404,20 @@ def test_positions_that_are_read(windows, count, positions):
 
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=128, rope_theta=10000.0)
 LLAMA3 = dict(
-    rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=128,
+    rope_type="llama3",
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=128,
     rope_theta=10000.0,
 )
 LINEAR = dict(rope_type="linear", factor=4.0, rope_theta=10000.0)
 LONGROPE = dict(
-    rope_type="longrope", short_factor=[1.0] * 8 + [1.5] * 8, long_factor=[2.0] * 8 + [4.0] * 8,
-    original_max_position_embeddings=128, rope_theta=10000.0,
+    rope_type="longrope",
+    short_factor=[1.0] * 8 + [1.5] * 8,
+    long_factor=[2.0] * 8 + [4.0] * 8,
+    original_max_position_embeddings=128,
+    rope_theta=10000.0,
 )
 
 
@@ -426,7 +433,11 @@ LONGROPE = dict(
         ("stablelm", {}, []),
         ("glm4", {}, []),
         ("gptneox", {}, []),
-        ("phi3", dict(rope_parameters=LONGROPE, max_position_embeddings=4096, original_max_position_embeddings=128), []),
+        (
+            "phi3",
+            dict(rope_parameters=LONGROPE, max_position_embeddings=4096, original_max_position_embeddings=128),
+            [],
+        ),
     ],
     ids=lambda value: value.get("rope_parameters", {}).get("rope_type", "-") if isinstance(value, dict) else str(value),
 )
@@ -567,11 +578,15 @@ def require_no_worse_when_moved(path: Path, plain: Path, types: CacheTypes, prom
 @pytest.mark.parametrize("types, changes", [("f32", {}), ("q8_0", {}), ("turbo4", {}), ("q8_0", YARN)], ids=str)
 @pytest.mark.parametrize("is_calibrated", [False, True])
 @pytest.mark.parametrize("is_divided", [False, True])
-def test_keys_are_those_of_the_positions_they_are_moved_to(types, changes, is_calibrated, is_divided, tmp_path, environment):
+def test_keys_are_those_of_the_positions_they_are_moved_to(
+    types, changes, is_calibrated, is_divided, tmp_path, environment
+):
     """In a model of one layer, where keys depend on their tokens and positions alone; also where YaRN scales them."""
     environment("TURBO_CALIBRATION", "force")
     rope = dict(rope_parameters=changes) if changes else {}
-    model = checkpoints.gguf(tmp_path, "qwen3", head_dim=64, num_hidden_layers=1, layer_types=["full_attention"], **rope)
+    model = checkpoints.gguf(
+        tmp_path, "qwen3", head_dim=64, num_hidden_layers=1, layer_types=["full_attention"], **rope
+    )
     if is_calibrated:
         model = random_calibration(model, tmp_path / "calibrated.gguf", scale=np.ones(128, np.float32))
     found = []

@@ -379,7 +379,9 @@ def test_what_the_scale_cannot_reach(name: str):
     for exponent in (-24, 0, 24):
         scaled = np.ldexp(x, exponent)
         y = turboquant_gguf.dequantize(turboquant_gguf.quantize(scaled, name), name)
-        assert np.array_equal(np.ldexp(y, -exponent), turboquant_gguf.dequantize(turboquant_gguf.quantize(x, name), name))
+        assert np.array_equal(
+            np.ldexp(y, -exponent), turboquant_gguf.dequantize(turboquant_gguf.quantize(x, name), name)
+        )
 
 
 @each_type

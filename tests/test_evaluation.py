@@ -177,8 +177,19 @@ def test_server_that_dies_over_a_document(tiny, parallel):
 def test_ctrl_c_keeps_the_types_that_are_finished(tiny, tmp_path):
     samples = tmp_path / "samples.jsonl"
     process = subprocess.Popen(
-        [*COMMAND, tiny, *LOCAL, "--types", "turbo4,turbo3", "--context", "512", "--samples", samples,
-         "-o", tmp_path / "r.sqlite"],
+        [
+            *COMMAND,
+            tiny,
+            *LOCAL,
+            "--types",
+            "turbo4,turbo3",
+            "--context",
+            "512",
+            "--samples",
+            samples,
+            "-o",
+            tmp_path / "r.sqlite",
+        ],
         env=ENVIRONMENT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

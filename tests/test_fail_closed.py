@@ -52,9 +52,7 @@ def planted(tmp_path_factory) -> Callable[..., tuple[str, list[np.ndarray]]]:
     symbols = [line.split()[-1] for line in listed.splitlines()]
     names = [f"-DCALIBRATE={name_of('calibrate_layer', symbols)}", f"-DATTEND={name_of('attend', symbols)}"]
 
-    def run(
-        model: Path, window: int, plant: str | None = None, script: str = SCRIPT
-    ) -> tuple[str, list[np.ndarray]]:
+    def run(model: Path, window: int, plant: str | None = None, script: str = SCRIPT) -> tuple[str, list[np.ndarray]]:
         environment = os.environ | {"PLANTED_LIBLLAMA": str(library)}
         if plant:
             source, made = Path(__file__).with_name("planted_attention.c"), folder / f"{plant}.so"

@@ -102,14 +102,20 @@ def small(tmp_path) -> Path:
 
 
 INSERTION = graft.Insertion(
-    file="src/a.c", why="tests", anchor="case 1:", side="before", text="        case 0:\n", whole_lines=True,
+    file="src/a.c",
+    why="tests",
+    anchor="case 1:",
+    side="before",
+    text="        case 0:\n",
+    whole_lines=True,
     blocks=("int second(int type) {",),
 )
 
 
 def test_lines_go_into_the_named_block_only(small):
     assert graft.insert(small, [INSERTION])["src/a.c"] == C_FILE.replace(
-        "        case 1: return 2;", "        case 0:\n        case 1: return 2;")
+        "        case 1: return 2;", "        case 0:\n        case 1: return 2;"
+    )
 
 
 def test_lines_after_and_inline(small):
@@ -212,11 +218,14 @@ def test_a_file_that_llama_cpp_does_not_have_says_for_what_it_was_wanted(small):
         graft.insert(small, [replace(INSERTION, file="src/z.c")])
 
 
-@pytest.mark.parametrize("change, problem", [
-    ({"anchor": "case 3:"}, "the anchor is not there between lines 6 and 10"),
-    ({"blocks": ("int third(",)}, "the block is not there:"),
-    ({"blocks": ()}, "the anchor stands there more than once, as in lines 3 and 8"),
-])
+@pytest.mark.parametrize(
+    "change, problem",
+    [
+        ({"anchor": "case 3:"}, "the anchor is not there between lines 6 and 10"),
+        ({"blocks": ("int third(",)}, "the block is not there:"),
+        ({"blocks": ()}, "the anchor stands there more than once, as in lines 3 and 8"),
+    ],
+)
 def test_an_anchor_that_does_not_fit_stops_with_file_anchor_and_version(small, change, problem):
     with pytest.raises(graft.GraftError) as error:
         graft.insert(small, [replace(INSERTION, **change)])
@@ -337,7 +346,8 @@ def newer_tree(tmp_path) -> Path:
     """A llama.cpp tree of another version."""
     (tmp_path / "newer" / "ggml").mkdir(parents=True)
     (tmp_path / "newer" / "ggml" / "CMakeLists.txt").write_text(
-        "set(GGML_VERSION_MAJOR 9)\nset(GGML_VERSION_MINOR 8)\nset(GGML_VERSION_PATCH 7)\n")
+        "set(GGML_VERSION_MAJOR 9)\nset(GGML_VERSION_MINOR 8)\nset(GGML_VERSION_PATCH 7)\n"
+    )
     return tmp_path / "newer"
 
 
@@ -358,7 +368,9 @@ def test_the_pinned_sources_pass_as_a_tree(pristine):
 def test_cmake_shows_the_message(newer_tree, tmp_path):
     result = subprocess.run(
         ["cmake", "-S", REPOSITORY, "-B", tmp_path / "build", f"-DLLAMA_CPP_DIR={newer_tree}"],
-        capture_output=True, text=True)
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode != 0
     assert "supports ggml" in " ".join(result.stderr.split())
 
@@ -403,7 +415,7 @@ def test_the_pin_is_a_known_release(check_pins):
     wanted = {"0.3.28", "0.3.31", "0.3.33", "0.3.34", "0.3.35", "0.3.36"}
     assert wanted <= check_pins.releases().keys()
     project = check_pins.PROJECT_FILE.read_text()
-    assert f"{source.PIN['package']}=={source.PIN['version']}\"" in project
+    assert f'{source.PIN["package"]}=={source.PIN["version"]}"' in project
 
 
 def test_a_release_that_fits_and_two_that_do_not(check_pins, cached, capsys):
@@ -449,7 +461,7 @@ def test_moving_the_pin_is_one_command(check_pins, copied_pins, cached, capsys, 
     pin = tomllib.loads((copied_pins / "pin.toml").read_text())
     assert pin == source.PIN | {"version": "9.9.9", "sha256": sha256}
     assert check_pins.releases()["9.9.9"] == sha256
-    assert f"{source.PIN['package']}==9.9.9\"" in (copied_pins / "pyproject.toml").read_text()
+    assert f'{source.PIN["package"]}==9.9.9"' in (copied_pins / "pyproject.toml").read_text()
 
 
 def test_a_release_that_cannot_be_had(check_pins, tmp_path, capsys, monkeypatch):

@@ -23,8 +23,13 @@ TYPES = [kind.name for kind in turboquant_gguf.types()]
 def run(tool: str | Path, *arguments: object, ok: bool = True, **environment: str) -> str:
     """Everything the program prints; it must succeed, or fail where ok is False."""
     path = native.tool_path(tool) if isinstance(tool, str) else tool
-    done = subprocess.run([path, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=1800,
-                          env={**os.environ, **environment})
+    done = subprocess.run(
+        [path, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=1800,
+        env={**os.environ, **environment},
+    )
     text = done.stdout.decode(errors="replace")
     assert (done.returncode == 0) == ok, f"{path.name} exited with {done.returncode}:\n{text[-4000:]}"
     return text
@@ -130,7 +135,9 @@ def test_slot_survives_saving_and_refuses_another_type(model: Path, tmp_path: Pa
     prompt = "The capital of France is"
     with server.running(model, types, context=512, extra_args=save) as running:
         complete(running.url, prompt)
-        said = complete(running.url, prompt)["content"]  # with the prompt in the slot: its last token is read alone, as below
+        said = complete(running.url, prompt)[
+            "content"
+        ]  # with the prompt in the slot: its last token is read alone, as below
         post(running.url, "/slots/0?action=save", {"filename": "slot"}).raise_for_status()
     with server.running(model, types, context=512, extra_args=save) as running:
         post(running.url, "/slots/0?action=restore", {"filename": "slot"}).raise_for_status()
@@ -144,8 +151,16 @@ def test_slot_survives_saving_and_refuses_another_type(model: Path, tmp_path: Pa
 
 def test_draft_model(model: Path):
     """Speculative decoding with turbo caches on both sides."""
-    draft = ("--model-draft", str(model), "--spec-type", "draft-simple",
-             "--cache-type-k-draft", "turbo4", "--cache-type-v-draft", "turbo4")
+    draft = (
+        "--model-draft",
+        str(model),
+        "--spec-type",
+        "draft-simple",
+        "--cache-type-k-draft",
+        "turbo4",
+        "--cache-type-v-draft",
+        "turbo4",
+    )
     with server.running(model, CacheTypes.parse("turbo4"), context=512, extra_args=draft) as running:
         reply = complete(running.url, "The capital of France is", n_predict=32)
     assert "Paris" in reply["content"]

@@ -75,9 +75,10 @@ def test_a_damaged_vocabulary_is_a_sentence(damaged, llama, text, tmp_path, comm
 
 
 def test_the_name_of_the_command():
-    assert run("types").stdout == subprocess.run(
-        ["turboquant-gguf", "types"], capture_output=True, text=True, check=True
-    ).stdout
+    assert (
+        run("types").stdout
+        == subprocess.run(["turboquant-gguf", "types"], capture_output=True, text=True, check=True).stdout
+    )
     assert "Usage: turboquant-gguf types" in run("types", "--help").stdout
 
 

@@ -153,9 +153,7 @@ def test_noise_is_judged_over_neighbours():
 def test_token_by_token(smollm2, text):
     """The same distributions, but for the order of sums; and the single-token kernel is what reads the cache."""
     content = texts.load(str(text))
-    batches, tokens = (
-        scores(work(content, F16, 128, decode), smollm2, [F16, TURBO4]) for decode in (False, True)
-    )
+    batches, tokens = (scores(work(content, F16, 128, decode), smollm2, [F16, TURBO4]) for decode in (False, True))
     assert len(batches[F16]) == len(tokens[F16]) == 63
     for pair, tolerance in ((F16, 0.02), (TURBO4, 0.05)):
         assert batches[pair]["nll"].mean() == pytest.approx(tokens[pair]["nll"].mean(), abs=tolerance)

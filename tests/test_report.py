@@ -505,8 +505,7 @@ def test_real_measurements(smollm2, results):
     (found,) = model["quality"]
     assert found["chunks"] == 2 and found["machines"] == [provenance.machine()]
     assert [
-        quality.Loss(**{k: v for k, v in one.items() if k not in ("types", "bits", "like")})
-        for one in found["results"]
+        quality.Loss(**{k: v for k, v in one.items() if k not in ("types", "bits", "like")}) for one in found["results"]
     ] == [replace(one, like=()) for one in measured.values.values()]
     page = Page(write(results, "report.html"))
     shown = float(page.table("Quality against f16")[2][4].split()[0])

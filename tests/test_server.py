@@ -263,7 +263,10 @@ def test_unknown_type(text, hint):
         ("sched_reserve:        CPU compute buffer size =    96.50 MiB\n", False),
         ("sched_reserve:  CUDA_Host compute buffer size =     9.01 MiB\n", False),
         ("sched_reserve:      CUDA0 compute buffer size =   302.75 MiB\n", True),
-        ("sched_reserve:  CUDA_Host compute buffer size =     9.01 MiB\nx:    MTL0 compute buffer size = 1 MiB\n", True),
+        (
+            "sched_reserve:  CUDA_Host compute buffer size =     9.01 MiB\nx:    MTL0 compute buffer size = 1 MiB\n",
+            True,
+        ),
     ],
 )
 def test_whether_a_server_has_found_its_gpu(smollm2, monkeypatch, log, is_there):

@@ -18,7 +18,9 @@ def require_bytes_of_the_codec(
     sequences, heads, tokens, values = x.shape
     exact = x.astype(np.float32)
     rows = np.stack([rng.permutation(ROWS)[:tokens] for _ in range(sequences)]).astype(dtype)
-    before = rng.integers(0, 256, (sequences, heads, ROWS, turboquant_gguf.quantize(exact[0, 0, 0], type).size), np.uint8)
+    before = rng.integers(
+        0, 256, (sequences, heads, ROWS, turboquant_gguf.quantize(exact[0, 0, 0], type).size), np.uint8
+    )
     with ggml.Graph(**graph_options) as graph:
         cache = graph.tensor(before, type, values, ROWS, heads, sequences)
         new = graph.tensor(x, "f16" if x.dtype == np.float16 else "f32", *x.shape[::-1])

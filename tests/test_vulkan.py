@@ -76,8 +76,18 @@ def device(library: Path, build_folder: Path) -> dict[str, str]:
 
 
 def run_operators(device: dict[str, str], *options: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", Path(__file__).with_name("device_operators.py")]
-    return subprocess.run([*command, *options], env=os.environ | device, capture_output=True, text=True, cwd=ROOT, check=False)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        Path(__file__).with_name("device_operators.py"),
+    ]
+    return subprocess.run(
+        [*command, *options], env=os.environ | device, capture_output=True, text=True, cwd=ROOT, check=False
+    )
 
 
 @pytest.mark.parametrize("which", ["rows", "attention"])

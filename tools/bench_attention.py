@@ -98,8 +98,15 @@ def main(types, head_size, heads, kv_heads, keys, queries, threads, rounds, json
         ratios = [base / own for base, own in zip(results[BASE]["seconds"], result["seconds"])]
         middle = statistics.median(result["seconds"])
         result |= {"ratio": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios)}
-        table.add_row(name, f"{result['ratio']:.2f}", f"{result['lowest']:.2f}", f"{result['highest']:.2f}",
-                      f"{middle * 1e3:.2f}", f"{result['bytes'] / middle / 1e9:.2f}", f"{result['error']:.1e}")
+        table.add_row(
+            name,
+            f"{result['ratio']:.2f}",
+            f"{result['lowest']:.2f}",
+            f"{result['highest']:.2f}",
+            f"{middle * 1e3:.2f}",
+            f"{result['bytes'] / middle / 1e9:.2f}",
+            f"{result['error']:.1e}",
+        )
     Console().print(table)
     if json_file:
         sizes = dict(head_size=head_size, heads=heads, kv_heads=kv_heads, keys=keys, queries=queries)

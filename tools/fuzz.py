@@ -54,8 +54,9 @@ class Progress:
 def run(command: list[object], step: str, what: str, progress: Progress) -> tuple[int, list[str]]:
     """Exit code of a command and what it printed, less the lines that match `step`, which are progress."""
     lines = []
-    with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                          errors="replace") as process:
+    with subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as process:
         try:
             for line in process.stdout:
                 if found := re.match(step, line):
@@ -71,8 +72,18 @@ def run(command: list[object], step: str, what: str, progress: Progress) -> tupl
 
 def build(progress: Progress) -> Path:
     """The program, built if a source has changed. Exits with the compiler's errors if it cannot be."""
-    configure = ["cmake", "-S", ROOT, "-B", BUILD, "-DCMAKE_BUILD_TYPE=None", f"-DCMAKE_C_FLAGS={FLAGS}",
-                 f"-DCMAKE_CXX_FLAGS={FLAGS}", "-DGGML_RPC=OFF", "-DGGML_OPENMP=OFF"]
+    configure = [
+        "cmake",
+        "-S",
+        ROOT,
+        "-B",
+        BUILD,
+        "-DCMAKE_BUILD_TYPE=None",
+        f"-DCMAKE_C_FLAGS={FLAGS}",
+        f"-DCMAKE_CXX_FLAGS={FLAGS}",
+        "-DGGML_RPC=OFF",
+        "-DGGML_OPENMP=OFF",
+    ]
     compile_ = ["cmake", "--build", BUILD, "--target", "turbo-fuzz", "--parallel", os.cpu_count() or 1]
     for command in (configure, compile_):
         status, lines = run(command, r"\s*\[ *(\d+[%/]\d*)\]?", "building with sanitizers", progress)

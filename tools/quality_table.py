@@ -63,9 +63,7 @@ def main(text: Path, chunks: int, context: int, results: Path | None) -> None:
 
     found = [measured(model), measured(calibrated)]
     apart = results.with_stem(f"{results.stem}-long")  # the plot shows what is in `results`
-    long = [
-        measured(path, LONG_TYPES, apart, context=LONG_CONTEXT, chunks=LONG_CHUNKS) for path in (model, calibrated)
-    ]
+    long = [measured(path, LONG_TYPES, apart, context=LONG_CONTEXT, chunks=LONG_CHUNKS) for path in (model, calibrated)]
     _write(ROOT / "README.md", _in_readme(f"{_table(*found)}\n\n{_long_table(*found, *long)}"))
     report(results, outputs=[PLOT], models=[path.stem for path in (model, calibrated)], console=console)
     _write(REFERENCE, json.dumps(_reference(*found), indent=2) + "\n")
@@ -98,7 +96,9 @@ def _long_table(*findings: Finding) -> str:
         f"Both contexts, with the recent window of turbo types ({LONG_CHUNKS} chunk of {LONG_CONTEXT}): KL divergence, mean / "
         "median / 99th percentile",
         "",
-        "| keys : values | " + " | ".join(f"{context}, as it is | {context}, **calibrated**" for context in contexts) + " |",
+        "| keys : values | "
+        + " | ".join(f"{context}, as it is | {context}, **calibrated**" for context in contexts)
+        + " |",
         "|---|---|---|---|---|",
     ]
     for types in map(CacheTypes.parse, LONG_TYPES[1:]):

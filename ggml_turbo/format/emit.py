@@ -88,8 +88,10 @@ def _type_list(types: list[Type]) -> str:
 def _c(types: list[Type]) -> str:
     entries = ""
     for kind in types:
-        fields = "".join(f"        .{name:<12} = {_array(getattr(kind, name), '        ')},\n"
-                         for name in ("a", "b", "p", "codebook", "by_low"))
+        fields = "".join(
+            f"        .{name:<12} = {_array(getattr(kind, name), '        ')},\n"
+            for name in ("a", "b", "p", "codebook", "by_low")
+        )
         entries += (
             "    {\n"
             f"        .bits         = {kind.bits},\n"
@@ -113,7 +115,8 @@ def _cuda(types: list[Type]) -> str:
     )
     for kind in types:
         words = "".join(
-            f"    static constexpr uint32_t {name}[4] = {{ {', '.join(_words(getattr(kind, name)))} }};\n" for name in "abp"
+            f"    static constexpr uint32_t {name}[4] = {{ {', '.join(_words(getattr(kind, name)))} }};\n"
+            for name in "abp"
         )
         text += (
             f"\nstatic const __device__ int8_t {kind.name}_codebook[256] = {_array(kind.codebook)};\n"

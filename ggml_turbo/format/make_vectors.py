@@ -29,8 +29,20 @@ def build_reference(folder: Path) -> ctypes.CDLL:
     """The C reference, compiled in `folder`."""
     library = folder / "libreference.so"
     subprocess.run(
-        [os.environ.get("CC", "cc"), "-std=gnu11", "-O2", "-ffp-contract=off", "-shared", "-fPIC",
-         "-DGGML_TURBO_STANDALONE", f"-I{HERE}", "-o", library, HERE / "turbo-reference.c", "-lm"],
+        [
+            os.environ.get("CC", "cc"),
+            "-std=gnu11",
+            "-O2",
+            "-ffp-contract=off",
+            "-shared",
+            "-fPIC",
+            "-DGGML_TURBO_STANDALONE",
+            f"-I{HERE}",
+            "-o",
+            library,
+            HERE / "turbo-reference.c",
+            "-lm",
+        ],
         check=True,
     )
     reference = ctypes.CDLL(str(library))

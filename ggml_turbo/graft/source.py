@@ -1,7 +1,7 @@
 """Prints the folder of the pristine llama.cpp sources that the graft is written for.
 
-    python source.py --cache CACHE      the pinned source distribution, through pip, kept in CACHE
-    python source.py --tree TREE        a llama.cpp tree of the user's own, if its version fits
+python source.py --cache CACHE      the pinned source distribution, through pip, kept in CACHE
+python source.py --tree TREE        a llama.cpp tree of the user's own, if its version fits
 """
 
 import argparse
@@ -82,7 +82,9 @@ def pinned(cache: Path, pin: dict | None = None) -> Path:
                 if not folder.is_dir():  # otherwise another build was faster, and its copy is as good
                     raise
     except OSError as error:
-        raise SourceError(f"cannot write the source cache {cache} ({error}): set TURBOQUANT_CACHE_DIR to a writable folder.") from error
+        raise SourceError(
+            f"cannot write the source cache {cache} ({error}): set TURBOQUANT_CACHE_DIR to a writable folder."
+        ) from error
     return folder
 
 
@@ -103,9 +105,22 @@ def download(scratch: Path, pin: dict) -> Path:
         (backend / package / "__init__.py").touch()
     module.write_text(BACKEND.format(**pin, module=pin["package"].replace("-", "_")))
     command = [
-        sys.executable, "-P", "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
-        "--no-binary", pin["package"], "--no-build-isolation", *(["--require-hashes"] if known else []),
-        "--requirement", str(requirement), "--dest", str(scratch),
+        sys.executable,
+        "-P",
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-deps",
+        "--no-binary",
+        pin["package"],
+        "--no-build-isolation",
+        *(["--require-hashes"] if known else []),
+        "--requirement",
+        str(requirement),
+        "--dest",
+        str(scratch),
     ]
     path = os.pathsep.join(filter(None, [str(backend), os.environ.get("PYTHONPATH")]))
     result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})

@@ -1,6 +1,6 @@
 """Our Metal kernels as one source, which a device compiles from memory, where there are no files to include.
 
-    python flatten.py FILE      writes the source; to a FILE.inc as a string of C++
+python flatten.py FILE      writes the source; to a FILE.inc as a string of C++
 """
 
 import re

@@ -69,8 +69,22 @@ def build_codec(folder: Path) -> ctypes.CDLL:
     """The codec without ggml, with the encoder of training.c; SIMD searches, which are the reference's bit for bit."""
     lib = folder / "libturbo.so"
     subprocess.run(
-        [os.environ.get("CC", "cc"), "-std=gnu11", "-O3", "-march=native", "-ffp-contract=off", "-shared", "-fPIC",
-         "-DGGML_TURBO_STANDALONE", f"-I{SOURCE}", f"-I{SOURCE}/format", "-o", lib, ENCODER, "-lm"],
+        [
+            os.environ.get("CC", "cc"),
+            "-std=gnu11",
+            "-O3",
+            "-march=native",
+            "-ffp-contract=off",
+            "-shared",
+            "-fPIC",
+            "-DGGML_TURBO_STANDALONE",
+            f"-I{SOURCE}",
+            f"-I{SOURCE}/format",
+            "-o",
+            lib,
+            ENCODER,
+            "-lm",
+        ],
         check=True,
     )
     return ctypes.CDLL(str(lib))
@@ -106,12 +120,17 @@ class Trainer:
     def __init__(self, lib: ctypes.CDLL, bits: int):
         self.lib, self.bits = lib, bits
 
-    def encode(self, codec: Codec, x: np.ndarray,
-               encoder: str = "turbo_train_blocks") -> tuple[float, np.ndarray, np.ndarray]:
+    def encode(
+        self, codec: Codec, x: np.ndarray, encoder: str = "turbo_train_blocks"
+    ) -> tuple[float, np.ndarray, np.ndarray]:
         """Mean squared error, states (n, 64) and scales (n,) that the encoder chooses for x (n, 64)."""
         blocks = np.empty((len(x), 2 + 8 * self.bits), np.uint8)
-        getattr(self.lib, encoder)(ctypes.byref(codec), x.ctypes.data_as(ctypes.c_void_p),
-                                   blocks.ctypes.data_as(ctypes.c_void_p), ctypes.c_int64(len(x)))
+        getattr(self.lib, encoder)(
+            ctypes.byref(codec),
+            x.ctypes.data_as(ctypes.c_void_p),
+            blocks.ctypes.data_as(ctypes.c_void_p),
+            ctypes.c_int64(len(x)),
+        )
         numbers = codec.rms_to_scale, codec.max_to_scale, codec.mse
         layout = codec_numpy.Codec(self.bits, *numbers, np.array(codec.codebook))
         states, scales = codec_numpy.states_of(layout, blocks), codec_numpy.scales_of(layout, blocks)
@@ -145,8 +164,12 @@ class Trainer:
 
     def start(self, rng: np.random.RandomState) -> Model:
         share = rng.uniform(0.2, 0.8)
-        return Model(self.bits, rng.permutation(16), rng.standard_normal(16) * share**0.5,
-                     rng.standard_normal(16) * (1 - share) ** 0.5)
+        return Model(
+            self.bits,
+            rng.permutation(16),
+            rng.standard_normal(16) * share**0.5,
+            rng.standard_normal(16) * (1 - share) ** 0.5,
+        )
 
     def change(self, model: Model, rng: np.random.RandomState) -> Model:
         """Two entries of p exchanged or one replaced, the tables shaken."""
@@ -157,13 +180,17 @@ class Trainer:
         elif rng.rand() < 0.7:
             p[rng.randint(16)] = rng.randint(16)
         shake = rng.choice([0.0, 0.03, 0.1])
-        return replace(model, p=p, a=model.a + shake * rng.standard_normal(16),
-                       b=model.b + shake * rng.standard_normal(16))
+        return replace(
+            model, p=p, a=model.a + shake * rng.standard_normal(16), b=model.b + shake * rng.standard_normal(16)
+        )
 
     def tune_guess(self, model: Model, x: np.ndarray) -> Model:
         """The encoder's first guess of the scale, by grid."""
-        grid = [replace(model, rms_factor=r, max_factor=m)
-                for r in (0.92, 0.94, 0.96, 0.98, 1.0) for m in (0.85, 0.88, 0.91, 0.94, 0.97)]
+        grid = [
+            replace(model, rms_factor=r, max_factor=m)
+            for r in (0.92, 0.94, 0.96, 0.98, 1.0)
+            for m in (0.85, 0.88, 0.91, 0.94, 0.97)
+        ]
         return min(grid, key=lambda candidate: self.encode(candidate.codec(), x)[0])
 
     def train(self, effort: float) -> Codec:
@@ -181,8 +208,11 @@ class Trainer:
                 pool[i] = changed
             if step % n(1200) == 0:
                 pool.sort(key=lambda pair: pair[0])
-                print(f"turbo{self.bits}: step {step}, errors {[round(error, 6) for error, _ in pool]}",
-                      file=sys.stderr, flush=True)
+                print(
+                    f"turbo{self.bits}: step {step}, errors {[round(error, 6) for error, _ in pool]}",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 if len(pool) > 2:
                     pool.pop()  # the worst: the steps that are left go to the others
         pool = [(self.rounds(self.tune_guess(model, middle), long, n(20))) for _, model in pool]

@@ -90,4 +90,3 @@ def _type(name: str) -> TurboType:
         if kind.name == name:
             return kind
     raise ValueError(f"there is no type {name!r}: choose from {', '.join(kind.name for kind in types())}")
-

@@ -181,8 +181,13 @@ def pack(codec: Codec, codes: np.ndarray, states: np.ndarray) -> np.ndarray:
     start = states[:, 0] & (1 << 8 - codec.bits) - 1
     header = codes | start << 8 + codec.bits
     values = states >> 8 - codec.bits
-    bits = np.concatenate([header[:, None] >> np.arange(16) & 1,
-                           (values[:, :, None] >> np.arange(codec.bits) & 1).reshape(len(states), -1)], axis=1)
+    bits = np.concatenate(
+        [
+            header[:, None] >> np.arange(16) & 1,
+            (values[:, :, None] >> np.arange(codec.bits) & 1).reshape(len(states), -1),
+        ],
+        axis=1,
+    )
     return np.packbits(bits.astype(np.uint8), axis=1, bitorder="little")
 
 

@@ -26,7 +26,9 @@ Examples:
 
 def _no_longer_needed(_context: click.Context, _parameter: click.Parameter, value: int | None) -> None:
     if value is not None:
-        messages.say("[bold yellow]Note:[/] --context is no longer needed: a calibration holds in contexts of any length.")
+        messages.say(
+            "[bold yellow]Note:[/] --context is no longer needed: a calibration holds in contexts of any length."
+        )
 
 
 @click.command(epilog=EPILOG, short_help="Make a model's quantized key caches more exact.")

@@ -325,9 +325,7 @@ def quantize(x: NDArray[np.float32], type: str) -> NDArray[np.uint8]:
     if is_turbo(type):  # in SIMD; what ggml itself would call is the scalar reference
         function(f"quantize_row_{type}")(pointer(x), pointer(rows), x.size)
     elif x.size:
-        function("ggml_quantize_chunk")(
-            number, pointer(x), pointer(rows), 0, x.size // x.shape[-1], x.shape[-1], None
-        )
+        function("ggml_quantize_chunk")(number, pointer(x), pointer(rows), 0, x.size // x.shape[-1], x.shape[-1], None)
     return rows
 
 
@@ -347,9 +345,7 @@ class Graph(Owner):
         with ExitStack() as owned:
             self._device = _device(device) if device else None
             self._backend = (
-                function("ggml_backend_dev_init")(self._device, None)
-                if device
-                else function("ggml_backend_cpu_init")()
+                function("ggml_backend_dev_init")(self._device, None) if device else function("ggml_backend_cpu_init")()
             )
             owned.callback(function("ggml_backend_free"), self._backend)
             if not device:

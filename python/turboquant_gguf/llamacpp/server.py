@@ -176,7 +176,9 @@ def running(
             server = Server(process, log_file)
             server._wait_until_ready(types)
             if placement.gpu_layers and not _ON_DEVICE.search(server.log()):
-                raise TurboquantError(f"llama-server does not find the GPU and would compute without {placement.device}.")
+                raise TurboquantError(
+                    f"llama-server does not find the GPU and would compute without {placement.device}."
+                )
             yield server
 
 
