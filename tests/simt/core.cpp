@@ -578,7 +578,7 @@ void access(const void * address, size_t size, bool write, const void * code) {
         if (at < a.pages || at >= a.pages_end) {
             continue;
         }
-        ++(write ? counted.array_writes : counted.array_reads)[size <= 16 ? size : 0];
+        counted.array_reads[size <= 16 ? size : 0] += !write;
         const uint8_t * end = a.begin + a.bytes;
         // Words that hold bytes of the array may be read as a whole: no allocation of a device ends within one.
         const bool touches = (uintptr_t) at % size == 0 && size <= 4 && at < end && at + size > a.begin;

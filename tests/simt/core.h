@@ -161,7 +161,7 @@ extern bool checked; // whether this program's accesses are
 
 // How many accesses there were so far, by their bytes: what a kernel does, for one that is compared with another.
 struct access_counts {
-    uint64_t array_reads[17], array_writes[17], shared_reads[17], shared_writes[17];
+    uint64_t array_reads[17], shared_reads[17], shared_writes[17];
 };
 extern access_counts counted;
 

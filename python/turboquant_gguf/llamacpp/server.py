@@ -140,7 +140,7 @@ class Server:
             raise self.failure()
 
 
-# What llama-server says of each device that its scheduler knows. Memory of the CPU may have been named by another.
+# What llama-server says of each device that it computes on. CUDA_Host and its like are memory of the CPU.
 _ON_DEVICE = re.compile(r" (?!CPU|\S+_Host )\S+ +compute buffer size")
 
 

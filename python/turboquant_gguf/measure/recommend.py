@@ -165,7 +165,8 @@ def recommend(
         trained_length=facts["trained_length"],
         candidates=candidates,
         best=best,
-        reason=_reason(best, candidates, known, used, memory, context) + ("" if facts["calibrated"] else _gain(best)),
+        reason=_reason(best, candidates, known, used, memory, context)
+        + ("" if facts["calibrated"] else _gain(best, known)),
         command=_command(model, context, best) if best else None,
         measured=used,
         left_out=left_out,
@@ -272,9 +273,9 @@ def _reason(
     )
 
 
-def _gain(best: Candidate | None) -> str:
+def _gain(best: Candidate | None, as_is: Reference) -> str:
     """What calibrated keys would gain with the best types; empty if nothing."""
-    as_is, calibrated = (reference(calibrated) for calibrated in (False, True))
+    calibrated = reference(True)
     if not best or calibrated.losses[best.types] >= as_is.losses[best.types]:
         return ""
     return (

@@ -113,7 +113,6 @@ extern "C" size_t simt_threadgroup_bytes(const char * kernel) {
 
 // What all kernels did so far: accesses, where they are checked, by their bytes, and products of matrices.
 extern "C" uint64_t simt_array_reads(int bytes)   { return simt::counted.array_reads[bytes]; }
-extern "C" uint64_t simt_array_writes(int bytes)  { return simt::counted.array_writes[bytes]; }
 extern "C" uint64_t simt_shared_reads(int bytes)  { return simt::counted.shared_reads[bytes]; }
 extern "C" uint64_t simt_shared_writes(int bytes) { return simt::counted.shared_writes[bytes]; }
 extern "C" uint64_t simt_matrix_products(void)    { return simt_metal::matrix_products; }
